@@ -1,0 +1,1 @@
+"""Real kernels of the compression policies; installed as `kvsim.kernels`."""

@@ -1,0 +1,1 @@
+"""What a run leaves behind: tables, files, plots and traces; installed as `kvsim.reports`."""
