@@ -1,0 +1,191 @@
+"""Find and read catalogue files: YAML in, checked values out, every fault one InputError.
+
+A number in a catalogue file is written ``{value: 2039, source: "NVIDIA A100 datasheet"}``. A user's own file has the
+same layout, and there a plain ``2039`` will do (its source is then "user file").
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvsim.errors import InputError
+
+DATA = Path(__file__).parent / "data"
+USER_SOURCE = "user file"
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def names(folder: str) -> list[str]:
+    """Names in one catalogue folder (``gpus`` or ``models``), sorted."""
+    return sorted(path.stem for path in (DATA / folder).glob("*.yaml"))
+
+
+def is_path(name_or_path: str | Path) -> bool:
+    """Whether the user means a file: it exists, or it is written as one (a Path, a separator, a known suffix)."""
+    text = str(name_or_path)
+    return (
+        isinstance(name_or_path, Path)
+        or text.endswith((".yaml", ".yml", ".json"))
+        or text.startswith((".", "/", "~"))
+        or ("/" in text and Path(text).exists())
+    )
+
+
+def unknown_name(field: str, name: str, known: Iterable[str], listing: str) -> InputError:
+    """The error for a name that no catalogue has: the closest names, and the command that lists all."""
+    wanted = name.rsplit("/", 1)[-1].lower().replace("_", "-")
+    close = difflib.get_close_matches(wanted, list(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    fix = f"{hint}`{listing}` shows all names; a file path also works"
+    return InputError(field, name, "is not in the catalogue", fix)
+
+
+def read_text(field: str, path: Path) -> str:
+    """Text of a user's file, or an InputError that says why not."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(field, str(path), "does not exist", "give a catalogue name or the path of a file") from None
+    except IsADirectoryError:
+        raise InputError(field, str(path), "is a folder", "give the path of a file") from None
+    except UnicodeDecodeError:
+        raise InputError(field, str(path), "is not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(field, str(path), f"cannot be read ({error.strerror or error})") from None
+
+
+def read_yaml(field: str, path: Path) -> dict[str, Any]:
+    """A YAML file whose top level is a mapping."""
+    text = read_text(field, path)
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "syntax error"
+        raise InputError(field, str(path), f"is not valid YAML{where}: {problem}") from None
+    if not isinstance(content, dict):
+        raise InputError(field, str(path), "must hold a mapping (key: value lines)")
+    return content
+
+
+class Fields:
+    """Reads one mapping key by key; what is missing, of the wrong type, out of range or unknown is an InputError.
+
+    ``needs_source`` demands ``{value, source}`` for every number (catalogue files); ``sources`` collects them by key.
+    """
+
+    def __init__(self, content: Mapping[str, Any], prefix: str, *, needs_source: bool = False) -> None:
+        self._content, self._prefix, self._needs_source = content, prefix, needs_source
+        self._known: set[str] = set()
+        self.sources: dict[str, str] = {}
+
+    def field(self, key: str) -> str:
+        """Dotted name of a key for messages."""
+        return f"{self._prefix}.{key}"
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there and not null."""
+        return self._content.get(key) is not None
+
+    def raw(self, key: str) -> Any:
+        """The value as written (null when absent), without its source."""
+        self._known.add(key)
+        entry = self._content.get(key)
+        if not isinstance(entry, dict) or "value" not in entry:
+            return entry
+        if extra := set(entry) - {"value", "source"}:
+            unknown = self.field(f"{key}.{min(map(str, extra))}")
+            raise InputError(unknown, None, "is not a known key", "use value and source")
+        return entry["value"]
+
+    def sourced(self, key: str) -> Any:
+        """The value as written, its source noted in ``sources``."""
+        value, entry = self.raw(key), self._content.get(key)
+        source = entry.get("source") if isinstance(entry, dict) else None
+        if source is None and self._needs_source and key in self._content:
+            raise InputError(self.field(key), entry, "must be written {value: ..., source: ...}")
+        if key in self._content:
+            self.sources[key] = str(source or USER_SOURCE)
+        return value
+
+    def _required(self, key: str, value: Any) -> Any:
+        if value is None:
+            raise InputError(self.field(key), None, "is missing" if key not in self._content else "must not be null")
+        return value
+
+    def number(self, key: str) -> float:
+        """A finite number > 0."""
+        value = self._required(key, self.sourced(key))
+        return positive_number(self.field(key), value)
+
+    def optional_number(self, key: str) -> float | None:
+        """A finite number > 0, or None where the file says null or nothing."""
+        value = self.sourced(key)
+        return None if value is None else positive_number(self.field(key), value)
+
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """A whole number >= minimum."""
+        value = self.sourced(key)
+        value = self._required(key, default if value is None else value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InputError(self.field(key), value, "must be a whole number")
+        if value < minimum:
+            raise InputError(self.field(key), value, f"must be >= {minimum}")
+        return value
+
+    def boolean(self, key: str, default: bool | None = None) -> bool:
+        """True or false."""
+        value = self.raw(key)
+        value = self._required(key, default if value is None else value)
+        if not isinstance(value, bool):
+            raise InputError(self.field(key), value, "must be true or false")
+        return value
+
+    def text(self, key: str, default: str | None = None, *, choices: tuple[str, ...] = ()) -> str:
+        """A non-empty string, one of ``choices`` where given."""
+        value = self.raw(key)
+        value = self._required(key, default if value is None else value)
+        if not isinstance(value, str) or not value.strip():
+            raise InputError(self.field(key), value, "must be text", "put it in quotes")
+        if choices and value not in choices:
+            raise InputError(self.field(key), value, f"must be one of {', '.join(choices)}")
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of strings, empty when absent."""
+        value = self.raw(key) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise InputError(self.field(key), value, "must be a list of text")
+        return tuple(value)
+
+    def mapping(self, key: str) -> Fields:
+        """A nested mapping."""
+        value = self._required(key, self.raw(key))
+        if not isinstance(value, dict):
+            raise InputError(self.field(key), value, "must hold a mapping (key: value lines)")
+        return Fields(value, self.field(key), needs_source=self._needs_source)
+
+    def reject_unknown(self) -> None:
+        """Complain about keys that nothing asked for: most are misspelt."""
+        for key in self._content:
+            if key not in self._known:
+                close = difflib.get_close_matches(str(key), sorted(self._known), n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(self._known))}"
+                raise InputError(self.field(str(key)), None, "is not a known key", hint)
+
+
+def positive_number(field: str, value: object) -> float:
+    """A finite number > 0, else InputError (true and false are no numbers)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(field, value, "must be a number")
+    if not math.isfinite(value) or value <= 0:
+        raise InputError(field, value, "must be a finite number > 0")
+    return float(value)

@@ -1,0 +1,1 @@
+"""Data that ships with kvsim: GPUs, models and device profiles, each number with its source."""
