@@ -1,0 +1,36 @@
+"""What the YAML blocks of a workload share: frozen models, and numbers that are not infinite, NaN or booleans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+MAX_TOKENS = 2**31 - 1
+"""No request is longer: the bound catches timestamps and identifiers read as token counts."""
+
+
+class Frozen(BaseModel):
+    """A YAML block: immutable, unknown keys rejected."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number; try 1")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+NonNegativeCount = Annotated[int, Field(ge=0, strict=True)]
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS, strict=True)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+# Gaps from a nanosecond to weeks: outside, the unit is a mistake, and a float would no longer hold picoseconds.
+Rate = Annotated[Number, Field(ge=1e-6, le=1e9)]
+
+Pairs = Iterator[tuple[int, int]]
+"""(prompt tokens, output tokens), without end."""
