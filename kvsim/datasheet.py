@@ -1,0 +1,249 @@
+"""The datasheet profile: every Op answered by a roofline over the GPU's datasheet and efficiencies generic across GPUs.
+
+Each formula is ``launch + (bandwidth term ⊕ compute term)`` with ``a ⊕ b = sqrt(a² + b²)``: overlap is good but never
+perfect, and the sum is at least the larger. The efficiencies are medians over the GPUs that were measured
+(``benchmarks/fit_datasheet_efficiencies.py``), so errors are those of a GPU that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from math import sqrt
+from typing import Any
+
+from kvsim.dtypes import check_weight_dtype, matrix_bytes
+from kvsim.efficiencies import Efficiencies, load_efficiencies
+from kvsim.errors import InputError
+from kvsim.hardware import Gpu
+from kvsim.ops import (
+    Collective,
+    Copy,
+    DecodeAttention,
+    Elementwise,
+    Gemm,
+    HostWork,
+    MixedAttention,
+    Op,
+    PolicyKernel,
+    PrefillAttention,
+)
+from kvsim.profile import Answer, LogBias
+
+GEMM_TILE_M, GEMM_TILE_N = 16, 128
+"""A GEMM computes whole tiles: 16 rows of a tensor-core instruction, 128 columns of a thread block."""
+ATTENTION_TILE_ROWS = 128
+"""Query rows of one thread block of a FlashAttention prefill kernel."""
+DECODE_TILE_ROWS = 64
+"""Decode kernels pad the query heads of a group to one tensor-core tile (FlashAttention, FlashInfer)."""
+MEASURED_GROUP = 4
+"""Query heads per KV head of the measured mixed batches: re-reading is not extrapolated beyond it."""
+KNOT_RATIO, LAST_KNOT_SLOTS = 2**0.25, 2**33
+LARGE_ELEMENTWISE_BYTES, LARGE_MESSAGE_BYTES = 4 * 2**20, 2**20
+
+_KV_FORMAT = re.compile(r"(bf16|fp16)|(fp8(?:_e4m3|_e5m2)?)|[a-z]+?([1-8])")
+
+
+def kv_format_class(kv_format: str) -> str:
+    """ "16bit", "fp8", or "subbyte": integers such as int8, int4, kivi2, and pruned formats such as bf16+think80."""
+    stored, _, pruned = kv_format.partition("+")
+    match = _KV_FORMAT.fullmatch(stored)
+    if match is None:
+        raise InputError("kv_format", kv_format, "must be bf16, fp16, fp8, or end in its bits: int4, kivi2")
+    if match[1] and not pruned:
+        return "16bit"
+    return "fp8" if match[2] and not pruned else "subbyte"
+
+
+class DatasheetProfile:
+    """Answers every Op for one GPU. Immutable; safe to share."""
+
+    def __init__(self, gpu: Gpu, efficiencies: Efficiencies | None = None) -> None:
+        self.gpu = gpu
+        self.efficiencies = e = load_efficiencies() if efficiencies is None else efficiencies
+        self._hbm = gpu.hbm_bandwidth_bytes_per_s
+        self._peak_16bit = gpu.peak_flops("bf16")
+        self._labels: dict[tuple[str, str], tuple[str, LogBias, str]] = {
+            key: (e.bias_sources[key], bias, key[1]) for key, bias in e.log_biases.items()
+        }
+        self._answerers: dict[type, Callable[[Any, float], tuple[float, str]]] = {
+            Gemm: self._gemm,
+            PrefillAttention: self._prefill,
+            DecodeAttention: self._decode,
+            MixedAttention: self._mixed,
+            Elementwise: self._elementwise,
+            Collective: self._collective,
+            Copy: self._copy,
+            PolicyKernel: self._policy,
+            HostWork: self._host,
+        }
+        self._gemm_rates = {dtype: self._gemm_rate(dtype) for dtype in ("fp16", "bf16", "fp8", "int8", "int4")}
+        self._prefill_launch_s = e["prefill_attention.launch_s"]
+        self._prefill_flops_per_s = e["prefill_attention.compute_frac"] * self._peak_16bit
+        self._prefill_bytes_per_s = e["prefill_attention.memory_frac"] * self._hbm
+        self._prefill_walk = e["prefill_attention.walk_frac"] * gpu.num_sms
+        self._decode_launch_s = e["decode_attention.launch_s"]
+        self._decode_split_s = e["decode_attention.split_s"]
+        self._decode_split_tokens = e["decode_attention.split_tokens"]
+        self._decode_block_s = e["decode_attention.block_s"] / gpu.num_sms
+        self._decode_flops_per_s = e["decode_attention.compute_frac"] * self._peak_16bit
+        self._decode_bytes_per_s = {
+            name: e[f"decode_attention.memory_frac.{name}"] * self._hbm for name in ("16bit", "fp8", "subbyte")
+        }
+        self._format_classes: dict[str, str] = {}
+        self._mixed_reread = e["mixed_attention.reread_frac"]
+        self._mixed_block_s = e["mixed_attention.block_s"] / gpu.num_sms
+        self._elementwise_launch_s = e["elementwise.launch_s"]
+        self._elementwise_bytes_per_s = e["elementwise.memory_frac"] * self._hbm
+        self._policy_bytes_per_s = e["policy.memory_frac"] * self._hbm
+        self._policy_flops_per_s = e["policy.compute_frac"] * gpu.peak_flops("fp32")
+        self._host_parts = {
+            (engine, part): (e[f"host.{engine}.{part}.base_s"], e[f"host.{engine}.{part}.per_sequence_s"])
+            for engine in e.children("host")
+            for part in e.children(f"host.{engine}")
+        }
+
+    @property
+    def name(self) -> str:
+        return f"datasheet:{self.gpu.name}"
+
+    @property
+    def log_biases(self) -> Mapping[tuple[str, str], LogBias]:
+        return self.efficiencies.log_biases
+
+    def answer(self, op: Op, hbm_share: float = 1.0) -> Answer:
+        """Time of one launch with this share of the HBM bandwidth."""
+        if not 0.0 < hbm_share <= 1.0:
+            raise InputError("hbm_share", hbm_share, "must lie in (0, 1]")
+        seconds, size_class = self._answerers[type(op)](op, hbm_share)
+        source, log_bias, size_class = self._labels[op.kind, size_class]
+        return Answer(seconds, source, log_bias, size_class)
+
+    def kv_knots(self, op: DecodeAttention) -> Sequence[int]:
+        """0, then geometric from one slot per (sequence, KV head): between them linear to within 1 % of the formula."""
+        first = max(1, op.batch * op.kv_heads)
+        count = math.ceil(math.log(max(LAST_KNOT_SLOTS / first, 2.0), KNOT_RATIO))
+        return (0, *sorted({round(first * KNOT_RATIO**i) for i in range(count + 1)}))
+
+    # GEMM ---------------------------------------------------------------------------------------------------------
+
+    def _gemm_rate(self, dtype: str) -> tuple[str, float, float, float, int]:
+        """Class, launch, bytes/s, flop/s and bytes of an activation element for weights of this dtype."""
+        name = "16bit" if dtype in ("fp16", "bf16") else dtype
+        if name in ("fp8", "int8") and name not in self.gpu.peak_flops_per_s:
+            name = f"{name}_widened"  # no such units: weights are widened on the fly, like int4's
+        shape = "int4" if name.endswith("_widened") else name
+        peak_flops = self.gpu.peak_flops(name) if name in ("fp8", "int8") else self._peak_16bit
+        launch_s, memory_frac, compute_frac = (
+            self.efficiencies[f"gemm.{shape}.{key}"] for key in ("launch_s", "memory_frac", "compute_frac")
+        )
+        return name, launch_s, memory_frac * self._hbm, compute_frac * peak_flops, 1 if name in ("fp8", "int8") else 2
+
+    def _gemm(self, op: Gemm, share: float) -> tuple[float, str]:
+        rate = self._gemm_rates.get(op.weight_dtype)
+        if rate is None:
+            check_weight_dtype(op.weight_dtype)
+            raise AssertionError(op.weight_dtype)
+        name, launch_s, bytes_per_s, flops_per_s, activation_bytes = rate
+        m, n, k = op.m, op.n, op.k
+        weights = 2.0 * n * k if name == "16bit" else matrix_bytes(n, k, op.weight_dtype)
+        memory_s = (weights + activation_bytes * m * k + 2.0 * m * n) / (bytes_per_s * share)
+        rows, columns = -(-m // GEMM_TILE_M) * GEMM_TILE_M, -(-n // GEMM_TILE_N) * GEMM_TILE_N
+        compute_s = 2.0 * rows * columns * k / flops_per_s
+        size = "m<=16" if m <= 16 else "m<=512" if m <= 512 else "m>512"
+        return launch_s + sqrt(memory_s * memory_s + compute_s * compute_s), f"{name} {size}"
+
+    # Attention ----------------------------------------------------------------------------------------------------
+
+    def _format(self, kv_format: str) -> str:
+        found = self._format_classes.get(kv_format)
+        if found is None:
+            found = self._format_classes[kv_format] = kv_format_class(kv_format)
+        return found
+
+    def _prefill_s(self, op: PrefillAttention, share: float) -> float:
+        """All tiles at the GPU's rate, part of one block's walk over the whole KV (few blocks), and the traffic."""
+        kv_bytes = 2.0 if self._format(op.kv_dtype) == "16bit" else 1.0
+        tokens = op.new_tokens + op.prior_tokens
+        walk_flops = 4.0 * ATTENTION_TILE_ROWS * op.head_dim * tokens * self._prefill_walk
+        traffic = 4.0 * op.q_heads * op.new_tokens + 2.0 * kv_bytes * op.kv_heads * tokens
+        return (
+            self._prefill_launch_s
+            + (op.flops + walk_flops) / self._prefill_flops_per_s
+            + traffic * op.head_dim / (self._prefill_bytes_per_s * share)
+        )
+
+    def _prefill(self, op: PrefillAttention, share: float) -> tuple[float, str]:
+        return self._prefill_s(op, share), "new<=512" if op.new_tokens <= 512 else "new>512"
+
+    def _decode(self, op: DecodeAttention, share: float) -> tuple[float, str]:
+        form = self._format(op.kv_format)
+        seconds = self._decode_s(op, form, op.batch, op.kv_slots, share)
+        if op.max_kv_tokens * op.batch * op.kv_heads > op.kv_slots:  # skew: one long sequence can bind
+            longest = min(op.kv_slots, op.max_kv_tokens * op.kv_heads)
+            seconds = max(seconds, self._decode_s(op, form, 1, longest, share))
+        cold = op.kv_slots * op.slot_bytes > 2.0 * self.gpu.l2_bytes
+        return seconds, f"{form} {'kv>2xL2' if cold else 'kv<=2xL2'}"
+
+    def _decode_s(self, op: DecodeAttention, form: str, batch: int, kv_slots: int, share: float) -> float:
+        """Launch, a split that saturates with the length, and KV traffic ⊕ the fixed cost of each thread block."""
+        blocks = batch * op.kv_heads
+        tokens = kv_slots / blocks
+        split_s = self._decode_split_s * tokens / (tokens + self._decode_split_tokens)
+        moved = kv_slots * op.slot_bytes + 4.0 * batch * op.q_heads * op.head_dim
+        rows = max(op.q_heads / op.kv_heads, DECODE_TILE_ROWS)
+        memory_s = moved / (self._decode_bytes_per_s[form] * share)
+        stream_s = max(memory_s, 4.0 * kv_slots * op.head_dim * rows / self._decode_flops_per_s)
+        block_s = blocks * self._decode_block_s
+        return self._decode_launch_s + split_s + sqrt(stream_s * stream_s + block_s * block_s)
+
+    def _mixed(self, op: MixedAttention, share: float) -> tuple[float, str]:
+        """The prefill kernel with decode rows in it: a block per *query* head, the heads of a group re-reading KV."""
+        decode = op.decode
+        reread = 1.0 + self._mixed_reread * (min(decode.q_heads / decode.kv_heads, MEASURED_GROUP) - 1.0)
+        bytes_per_s = self._decode_bytes_per_s[self._format(decode.kv_format)] * share
+        seconds = self._prefill_s(op.prefill, share) + reread * decode.bytes_moved / bytes_per_s
+        return seconds + decode.batch * decode.q_heads * self._mixed_block_s, "any"
+
+    # Streams, links, host -----------------------------------------------------------------------------------------
+
+    def _elementwise(self, op: Elementwise, share: float) -> tuple[float, str]:
+        seconds = self._elementwise_launch_s + op.bytes_moved / (self._elementwise_bytes_per_s * share)
+        return seconds, "<=4MiB" if op.bytes_moved <= LARGE_ELEMENTWISE_BYTES else ">4MiB"
+
+    def _policy(self, op: PolicyKernel, share: float) -> tuple[float, str]:
+        memory_s = op.bytes_moved / (self._policy_bytes_per_s * share)
+        return op.num_launches * self._elementwise_launch_s + max(memory_s, op.flops / self._policy_flops_per_s), "any"
+
+    def _copy(self, op: Copy, share: float) -> tuple[float, str]:
+        launch_s = self.efficiencies["copy.launch_s"]
+        if op.link == "hbm":
+            return launch_s + 2.0 * op.num_bytes / (self.efficiencies["copy.hbm_frac"] * self._hbm * share), "hbm"
+        if op.link != "host":
+            raise InputError("copy.link", op.link, "must be hbm or host")
+        return launch_s + op.num_bytes / (self.efficiencies["copy.host_frac"] * self.gpu.host_link_bytes_per_s), "host"
+
+    def _collective(self, op: Collective, share: float) -> tuple[float, str]:
+        """Latency growing with log2(GPUs) plus ring traffic; without an NVLink-like link, over PCIe."""
+        if op.name not in ("all_reduce", "all_gather"):
+            raise InputError("collective.name", op.name, "must be all_reduce or all_gather")
+        size = "<=1MiB" if op.message_bytes <= LARGE_MESSAGE_BYTES else ">1MiB"
+        link = "link" if self.gpu.has_gpu_link else "pcie"
+        mode = "eager" if op.eager else "graph"
+        size_class = "pcie" if link == "pcie" else "all_gather" if op.name == "all_gather" else f"{mode} {size}"
+        if op.num_gpus < 2:
+            return 0.0, size_class
+        e = self.efficiencies
+        passes = (op.num_gpus - 1) * (2.0 / op.num_gpus if op.name == "all_reduce" else 1.0)
+        link_bytes_per_s = self.gpu.gpu_link_bytes_per_s if link == "link" else self.gpu.host_link_bytes_per_s
+        latency_s = e[f"collective.{link}.{mode}_s"] + e[f"collective.{link}.per_doubling_s"] * math.log2(op.num_gpus)
+        traffic_s = passes * op.message_bytes / (e[f"collective.{link}.bus_frac"] * link_bytes_per_s)
+        return latency_s + traffic_s, size_class
+
+    def _host(self, op: HostWork, share: float) -> tuple[float, str]:
+        part = self._host_parts.get((op.engine, op.part))
+        if part is None:
+            known = ", ".join(f"{engine} {part}" for engine, part in self._host_parts)
+            raise InputError("host_work", f"{op.engine} {op.part}", "must be a known engine and part", known)
+        return part[0] + part[1] * op.batch, "eager_launch" if op.part == "eager_launch" else op.engine

@@ -1,0 +1,120 @@
+"""What an engine is to the simulator: data (limits, captured graph sizes, host work, memory habits) and a scheduler.
+
+An engine is a frozen pydantic model, one file each, listed in `kvsim/engines/__init__.py`; its fields are the
+scenario's `engine:` block. The scheduler is a small class over the engine's state that picks what the next step computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kvsim.forward import num_launches_per_step
+from kvsim.model import Model
+from kvsim.ops import HostWork, Op
+from kvsim.policies.base import CacheShape
+from kvsim.profile import Profile
+from kvsim.units import PS_PER_S
+
+if TYPE_CHECKING:
+    from kvsim.engines.scheduler import Scheduler
+    from kvsim.policies.compose import CachePlan
+    from kvsim.pool import BlockPool
+
+KvCacheDtype = Literal["auto", "fp16", "bf16", "fp8", "int8"]
+
+
+class MemoryLine(NamedTuple):
+    """A line of the memory ledger: bytes per GPU. outside: taken from what gpu_memory_utilization leaves."""
+
+    name: str
+    num_bytes: int
+    note: str
+    outside: bool = False
+
+
+class Engine(BaseModel):
+    """Base of every engine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kv_cache_dtype: KvCacheDtype = Field("auto", description="element type of the cache; auto: 16 bit as the activations")
+    max_model_len: int | None = Field(None, gt=0, description="longest prompt + output; default: the model's context")
+    per_head_kv: bool = Field(
+        False, description="models a fork with a block table for each KV head, as KV-Compress built on vLLM 0.6"
+    )
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of GPU memory the engine may use")
+    enforce_eager: bool = Field(False, description="no CUDA graphs: every kernel is launched from the host")
+    policy_stream: Literal["inline", "side"] = Field(
+        "inline", description="where prompts are compressed: in the step, or on a side stream that shares HBM bandwidth"
+    )
+    side_stream_hbm_frac: float = Field(
+        0.5, gt=0, lt=1, description="HBM bandwidth a busy side stream takes; two streams that both saturate it share alike"
+    )
+
+    layout: ClassVar[str] = "paged"
+    mixes_attention: ClassVar[bool] = True
+    """Prompt chunks and decodes share one attention launch."""
+    host_overlap: ClassVar[Literal["async", "sync"]] = "async"
+    """async: the host prepares the next step while the device runs; sync: schedule + max(launch, device) + sample."""
+    capture_sizes: ClassVar[tuple[int, ...]] = ()
+    """Batch sizes captured as CUDA graphs, ascending; a batch is padded to the next one."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens per block of the KV pool."""
+        raise NotImplementedError
+
+    def kv_dtype(self, activation_dtype: str = "bf16") -> str:
+        return activation_dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
+    # -- launches and host work -----------------------------------------------------------------------------------
+
+    def captured(self, num_tokens: int) -> bool:
+        """Whether a step over so many tokens replays a CUDA graph."""
+        return not self.enforce_eager and bool(self.capture_sizes) and num_tokens <= self.capture_sizes[-1]
+
+    def padded(self, num_tokens: int) -> int:
+        """Tokens that linear Ops compute: the next captured size, or the true number where none is captured."""
+        if not self.captured(num_tokens):
+            return num_tokens
+        return next(size for size in self.capture_sizes if size >= num_tokens)
+
+    def host_ops(self, batch: int, num_tokens: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
+        """(before, beside, after): host work before the device starts, while it runs, and after it has ended.
+
+        batch: sequences that get a token. num_launches: kernels launched one by one where no graph is captured.
+        """
+        raise NotImplementedError
+
+    def host_ps(self, profile: Profile, batch: int, num_tokens: int, num_launches: int) -> tuple[int, int, int]:
+        """Picoseconds of `host_ops`."""
+        parts = self.host_ops(batch, num_tokens, num_launches)
+        before, beside, after = (round(sum(profile.answer(op).seconds for op in ops) * PS_PER_S) for ops in parts)
+        return before, beside, after
+
+    def cache_ops(self, shape: CacheShape, batch: int, cache_bytes: float, num_layers: int) -> Sequence[Op]:
+        """What the engine itself does to the cache in a decode step, beside attention: `cache_bytes` over those layers."""
+        return ()
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def memory_lines(self, model: Model, tp: int) -> tuple[MemoryLine, ...]:
+        """Everything in GPU memory but weights, policies and the pool itself."""
+        raise NotImplementedError
+
+    def num_launches(self, model: Model, tp: int) -> int:
+        """Kernels of one forward pass."""
+        return num_launches_per_step(model, tp)
+
+    def scheduler(self, pool: BlockPool, plan: CachePlan) -> Scheduler:
+        """A scheduler with an empty queue over this pool."""
+        raise NotImplementedError
+
+    def check(self, model: Model, tp: int) -> None:
+        """Raises InputError where the fields contradict each other or the model."""
+
+    def notes(self) -> tuple[str, ...]:
+        return ()

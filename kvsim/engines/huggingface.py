@@ -1,0 +1,148 @@
+"""Hugging Face `generate`: static batches or beams, a contiguous cache grown by concatenation, eager launches.
+
+A batch is formed of what waits when the engine is idle, padded to its longest prompt, and runs until its longest output is
+done; everyone gets their answer then. A step's time is the larger of what the host launches and what the device computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from kvsim.batch import Sequence
+from kvsim.cost_types import Chunk
+from kvsim.engines.base import Engine, MemoryLine
+from kvsim.engines.scheduler import Scheduler, Step
+from kvsim.errors import DoesNotFitError
+from kvsim.model import Model
+from kvsim.ops import HostWork, Op, PolicyKernel
+from kvsim.policies.base import CacheShape
+from kvsim.policies.compose import CachePlan
+from kvsim.pool import BlockPool
+from kvsim.units import GIB, format_bytes
+
+_CONTEXT_BYTES = int(0.5 * GIB)
+"""CUDA context and cuBLAS workspaces of a PyTorch process; 0.4-0.6 GiB in nvidia-smi for an idle process; assumed."""
+_LAUNCHES_PER_LAYER = 42
+"""Kernels of one eager decoder layer, counted in transformers' Llama: 7 matrix products, 2 norms of 6, rotary embedding 8, two
+concatenations, scores, scale, mask, softmax with its casts and the product with V 9, activation 2, residuals 2."""
+_LAUNCHES_PER_STEP = 30
+"""Embedding, final norm, lm_head, and generate's own logits processing and stopping checks; assumed."""
+_FLOAT32_BYTES = 4
+
+
+class HuggingFace(Engine):
+    """transformers' generate loop, without compilation."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    batch_size: int = Field(1, gt=0, description="most requests in one static batch")
+    num_beams: int = Field(1, gt=0, description="beams of each request; the cache holds every beam")
+    fit_batch: bool = Field(True, description="shrink a batch to what memory holds; False: out of memory is an error")
+    gpu_memory_utilization: float = Field(1.0, gt=0, le=1, description="share of GPU memory the process may use")
+    per_head_kv: bool = Field(True, description="a contiguous cache may hold a length of its own for each head")
+    max_prefill_tokens: int = Field(4096, gt=0, description="prompt tokens of one batch that the ledger keeps room for")
+
+    layout: ClassVar[str] = "contiguous"
+    mixes_attention: ClassVar[bool] = False
+    host_overlap: ClassVar[Literal["async", "sync"]] = "async"
+
+    @property
+    def block_tokens(self) -> int:
+        return 1
+
+    def captured(self, num_tokens: int) -> bool:
+        return False
+
+    def num_launches(self, model: Model, tp: int) -> int:
+        return model.num_layers * _LAUNCHES_PER_LAYER + _LAUNCHES_PER_STEP
+
+    def host_ops(self, batch: int, num_tokens: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
+        return (), (HostWork("huggingface", "launch", num_launches),), ()
+
+    def cache_ops(self, shape: CacheShape, batch: int, cache_bytes: float, num_layers: int) -> SequenceOf[Op]:
+        """Both caches are copied to append a token; beams re-order them; scores pass through an eager softmax chain."""
+        half = cache_bytes / 2
+        ops = [
+            PolicyKernel("cat_innermost", 2 * half, 0.0, num_layers, "engine"),
+            PolicyKernel("cat_token", 2 * half, 0.0, num_layers, "engine"),
+        ]
+        if self.num_beams > 1:
+            ops.append(PolicyKernel("index_select_beams", 2 * cache_bytes, 0.0, 2 * num_layers, "engine"))
+        slots = cache_bytes / shape.slot_bytes
+        # Scale, mask, cast, softmax and cast back: each reads and writes the scores of every query head.
+        scores = slots * shape.group * _FLOAT32_BYTES
+        ops.append(PolicyKernel("softmax_chain", 2 * 5 * scores, 0.0, 5 * num_layers, "engine"))
+        return ops
+
+    def memory_lines(self, model: Model, tp: int) -> tuple[MemoryLine, ...]:
+        tokens = self.max_prefill_tokens
+        inter = -(-model.intermediate_size // tp)
+        mlp = 2 * tokens * (3 if model.gated_mlp else 2) * inter
+        scores = 2 * model.q_heads_per_gpu(tp) * tokens * tokens * 2  # logits and probabilities of one sequence, one layer
+        hidden = 2 * tokens * 4 * model.hidden_size
+        return (
+            MemoryLine("CUDA context", _CONTEXT_BYTES, "assumed: 0.4-0.6 GiB for a PyTorch process"),
+            MemoryLine(
+                "activation peak", hidden + max(mlp, scores),
+                f"one layer of an eager prefill of {tokens} tokens: the wider of MLP and attention scores",
+            ),
+        )  # fmt: skip
+
+    def scheduler(self, pool: BlockPool, plan: CachePlan) -> Scheduler:
+        return _StaticScheduler(self, pool, plan)
+
+    def notes(self) -> tuple[str, ...]:
+        return ("static batches: every request of a batch is answered when its longest output is done",)
+
+
+class _StaticScheduler(Scheduler):
+    def __init__(self, engine: HuggingFace, pool: BlockPool, plan: CachePlan) -> None:
+        super().__init__(pool, plan, engine.batch_size * engine.num_beams)
+        self.engine = engine
+
+    def pick(self) -> Step | None:
+        if self.batch.size:
+            return Step([], True, self.decode_horizon(), False)
+        if not self.waiting:
+            return None
+        members, size = self._form()
+        chunks = []
+        for sequence in members:
+            self.admit(sequence, 0)
+            self.reserve(sequence, sequence.prefill_tokens)
+            chunks.append((sequence, Chunk(sequence.prefill_tokens, 0)))
+            for _ in range(self.engine.num_beams - 1):
+                beam = Sequence(sequence.request)
+                beam.is_beam = True
+                beam.prompt_tokens = beam.prefill_tokens = sequence.prefill_tokens
+                beam.output_tokens = sequence.output_tokens
+                self.running[beam] = None
+                self.reserve(beam, beam.prefill_tokens)
+                chunks.append((beam, Chunk(beam.prefill_tokens, 0)))
+        assert len(chunks) == size * self.engine.num_beams
+        return Step(chunks, False, 1, False)
+
+    def _form(self) -> tuple[list[Sequence], int]:
+        """The next batch, padded alike: as many of those who wait as the engine takes and memory holds."""
+        size = min(self.engine.batch_size, len(self.waiting))
+        while True:
+            members = [self.waiting[i] for i in range(size)]
+            prompt = max(sequence.request.prompt_tokens for sequence in members)
+            output = max(sequence.request.output_tokens for sequence in members)
+            units = size * self.engine.num_beams * self.plan.peak_units(prompt, output)
+            if units <= self.pool.capacity_units:
+                break
+            if size == 1 or not self.engine.fit_batch:
+                have, need = (n * self.plan.unit_bytes for n in (self.pool.capacity_units, units))
+                raise DoesNotFitError(
+                    f"engine.batch_size={size} with num_beams={self.engine.num_beams} runs out of GPU memory: the cache of "
+                    f"{prompt} + {output} tokens needs {format_bytes(need)}, {format_bytes(have)} are free; "
+                    f"{format_bytes(need - have)} short: lower batch_size or set fit_batch: true"
+                )
+            size -= 1
+        for sequence in members:
+            sequence.prompt_tokens = sequence.prefill_tokens = prompt
+            sequence.output_tokens = output
+        return members, size

@@ -1,0 +1,114 @@
+"""What every scheduler shares: a queue, the running sequences in order of admission, and the moves between them."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from kvsim.batch import DecodeBatch, Sequence
+from kvsim.cost_types import Chunk
+from kvsim.policies.compose import CachePlan
+from kvsim.policies.ramp import FOREVER
+from kvsim.pool import BlockPool
+from kvsim.requests import Request
+
+
+class Step(NamedTuple):
+    """What the next step computes. Without chunks it stands for a run of up to `max_steps` pure decode steps.
+
+    decodes: whether the decoding batch advances. open: whether a request that arrives meanwhile might be admitted, so that the
+    run must end when it is noticed. swapped_units: blocks moved over the host link before the step.
+    """
+
+    chunks: list[tuple[Sequence, Chunk]]
+    decodes: bool
+    max_steps: int
+    open: bool
+    swapped_units: int = 0
+
+
+class Scheduler:
+    """Queue and running sequences over a block pool. A subclass says which of them the next step computes (`pick`)."""
+
+    def __init__(self, pool: BlockPool, plan: CachePlan, max_num_seqs: int) -> None:
+        self.pool, self.plan, self.max_num_seqs = pool, plan, max_num_seqs
+        self.batch = DecodeBatch(plan)
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[Sequence, None] = {}  # in order of admission, prefills included
+        self.num_preemptions = 0
+        self.last_decode_ps = 0  # when the decoding batch last got its tokens
+
+    def pick(self) -> Step | None:
+        """The next step, with its blocks reserved; None where there is nothing to do."""
+        raise NotImplementedError
+
+    def arrive(self, request: Request) -> None:
+        self.waiting.append(Sequence(request))
+
+    # -- moves ----------------------------------------------------------------------------------------------------
+
+    def admit(self, sequence: Sequence, cached_tokens: int) -> None:
+        """From the queue's head to running, with so many prompt tokens not to be computed."""
+        assert self.waiting[0] is sequence
+        self.waiting.popleft()
+        self.running[sequence] = None
+        sequence.computed_tokens = cached_tokens
+        if sequence.scheduled_ps < 0:
+            sequence.cached_tokens = cached_tokens
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> None:
+        """Blocks for a prefill's first `num_tokens` tokens."""
+        units = self.plan.prefill_units(num_tokens)
+        self.pool.take(units - sequence.held_units)
+        sequence.held_units = units
+
+    def start_decode(self, sequence: Sequence) -> None:
+        """The prefill has ended and its policy has compressed the prompt: the sequence decodes from the next step on."""
+        held = self.batch.join(sequence)
+        assert held <= sequence.held_units, "compression must not grow the cache"
+        self.pool.give(sequence.held_units - held)
+        sequence.held_units = 0
+
+    def turn(self, sequence: Sequence) -> None:
+        """A policy acts on a decoding sequence: the next straight piece of its cache begins."""
+        change = self.batch.turn(sequence)
+        assert change <= 0, "a policy must not take blocks by jumps"
+        self.pool.give(-change)
+
+    def finish(self, sequence: Sequence) -> None:
+        """The sequence has its last token."""
+        self.pool.release(sequence, self._leave(sequence))
+        del self.running[sequence]
+
+    def _leave(self, sequence: Sequence) -> int:
+        """Out of the decoding batch, if it is there; returns the units it held."""
+        if sequence not in self.batch.members:
+            return sequence.held_units
+        sequence.last_token_ps = max(sequence.last_token_ps, self.last_decode_ps)
+        return self.batch.leave(sequence)
+
+    def preempt_last(self) -> Sequence:
+        """The sequence admitted last loses its cache and goes back to the queue's head, to be recomputed."""
+        sequence = next(reversed(self.running))
+        del self.running[sequence]
+        self.pool.release(sequence, self._leave(sequence))
+        sequence.held_units = 0
+        sequence.computed_tokens = 0
+        sequence.prefill_tokens = sequence.prompt_tokens + sequence.generated
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+        return sequence
+
+    # -- horizons -------------------------------------------------------------------------------------------------
+
+    def decode_horizon(self, spare_units: int = 0) -> int:
+        """Steps until a sequence finishes or turns, or the pool runs dry but for `spare_units`; at least 1.
+
+        The caller has made sure that the pool can feed the next step.
+        """
+        batch = self.batch
+        steps = batch.next_event() - batch.step
+        if batch.need_total or batch.num_shrinking:
+            steps = batch.steps_within(self.pool.free_units - spare_units, steps)
+        return max(1, min(steps, FOREVER))

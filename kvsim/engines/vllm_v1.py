@@ -1,0 +1,153 @@
+"""vLLM's V1 engine: one token budget a step for decodes and prompt chunks alike, paged blocks, recompute preemption.
+
+Scheduling follows `vllm/v1/core/sched/scheduler.py`: running sequences first, in order of admission; where blocks run out the
+one admitted last is preempted; where none was, the queue's head is admitted while budget, blocks and max_num_seqs allow.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from kvsim.batch import Sequence
+from kvsim.cost_types import Chunk
+from kvsim.engines.base import Engine, MemoryLine
+from kvsim.engines.scheduler import Scheduler, Step
+from kvsim.engines.vllm_memory import collective_line, forward_bytes
+from kvsim.model import Model
+from kvsim.ops import HostWork
+from kvsim.policies.compose import CachePlan
+from kvsim.pool import BlockPool
+from kvsim.units import GIB
+
+_SAMPLER_BYTES_PER_LOGIT = 26
+"""Profile run of the V1 sampler with top-k and top-p (vllm/v1/sample): bf16 logits 2, fp32 copy 4, sorted values 4 and int64
+indices 8, softmax 4, cumulative sum 4."""
+_NON_TORCH_BYTES = int(0.25 * GIB)
+"""cuBLAS workspaces, loaded kernels: engine logs of "non-torch memory" lie between 0.1 and 0.4 GiB; assumed."""
+_GRAPH_BYTES = int(0.5 * GIB)
+"""Captured graphs up to batch 512, as engine logs of "Graph capturing finished ... took 0.5 GiB" for 7-8B models; assumed."""
+
+
+class VllmV1(Engine):
+    """vLLM with its V1 engine (0.8 and later)."""
+
+    kind: Literal["vllm_v1"] = "vllm_v1"
+    max_num_seqs: int = Field(256, gt=0)
+    max_num_batched_tokens: int = Field(2048, gt=0)
+    block_size_tokens: int = Field(16, gt=0)
+    num_gpu_blocks: int | None = Field(None, gt=0, description="the engine's own number of blocks, in place of the ledger's")
+    enable_prefix_caching: bool = Field(True, description="acts where the trace has prefix hashes")
+    reserve_full_prompt: bool = Field(
+        True,
+        description="admit a prompt only if all of it fits, as vLLM's scheduler_reserve_full_isl (pull request 37307); "
+        "False: as before, only the first chunk must fit",
+    )
+
+    # vLLM captures 1, 2, 4, then every 8 up to 256 and every 16 up to 512 (vllm/config: cudagraph_capture_sizes).
+    capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
+    host_overlap: ClassVar[Literal["async", "sync"]] = "async"
+
+    @model_validator(mode="after")
+    def _budget_covers_batch(self) -> VllmV1:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least max_num_seqs={self.max_num_seqs}; "
+                "raise the budget or lower max_num_seqs"
+            )
+        return self
+
+    @property
+    def block_tokens(self) -> int:
+        return self.block_size_tokens
+
+    def host_ops(self, batch: int, num_tokens: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
+        work = [HostWork("vllm_v1", part, batch) for part in ("schedule", "prepare", "launch", "sample", "process")]
+        if not self.captured(num_tokens):
+            work.append(HostWork("vllm_v1", "eager_launch", num_launches))
+        return (), tuple(work), ()
+
+    def memory_lines(self, model: Model, tp: int) -> tuple[MemoryLine, ...]:
+        tokens = self.max_num_batched_tokens
+        sampler = min(self.max_num_seqs, tokens) * model.vocab_size * _SAMPLER_BYTES_PER_LOGIT
+        sampler += 2 * tokens * model.hidden_size * 2
+        forward = forward_bytes(model, tp, tokens)
+        which = "forward pass" if forward > sampler else "sampler"
+        return (
+            MemoryLine(
+                "activation peak", max(forward, sampler),
+                f"profile run: {which} at {tokens} tokens, {self.max_num_seqs} sequences",
+            ),
+            MemoryLine("non-torch memory", _NON_TORCH_BYTES, "assumed: 0.1-0.4 GiB in engine logs"),
+            *collective_line(tp),
+            MemoryLine("CUDA graphs", 0 if self.enforce_eager else _GRAPH_BYTES, "assumed; outside the utilization", True),
+        )  # fmt: skip
+
+    def scheduler(self, pool: BlockPool, plan: CachePlan) -> Scheduler:
+        return _V1Scheduler(self, pool, plan)
+
+
+class _V1Scheduler(Scheduler):
+    def __init__(self, engine: VllmV1, pool: BlockPool, plan: CachePlan) -> None:
+        super().__init__(pool, plan, engine.max_num_seqs)
+        self.budget = engine.max_num_batched_tokens
+        self.reserve_full_prompt = engine.reserve_full_prompt
+        self.partial: Sequence | None = None  # the one prefill that has not ended; always the last admitted
+
+    def pick(self) -> Step | None:
+        batch, pool = self.batch, self.pool
+        preempted = False
+        growth = 0
+        if batch.size:
+            growth = batch.units_needed(1)
+            while growth > pool.free_units:
+                if self.preempt_last() is self.partial:
+                    self.partial = None
+                preempted = True
+                growth = batch.units_needed(1)
+        budget = self.budget - batch.size
+        free = pool.free_units - growth
+        chunks: list[tuple[Sequence, Chunk]] = []
+        partial = self.partial
+        if partial is not None and budget:
+            chunk = min(budget, partial.prefill_tokens - partial.computed_tokens)
+            units = self.plan.prefill_units(partial.computed_tokens + chunk) - partial.held_units
+            if units > free:
+                self.preempt_last()
+                self.partial, preempted = None, True
+            else:
+                free, budget = free - units, budget - chunk
+                self._schedule(partial, chunk, chunks)
+        blocked = preempted
+        while self.waiting and budget and not blocked and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            cached = min(sequence.request.cached_prompt_tokens, sequence.prefill_tokens - 1)
+            hit = pool.match(sequence)
+            cached = max(cached, hit)
+            chunk = min(budget, sequence.prefill_tokens - cached)
+            needed = sequence.prefill_tokens if self.reserve_full_prompt else cached + chunk
+            if pool.units_to_admit(sequence, hit, self.plan.prefill_units(needed)) > free:
+                blocked = True
+                break
+            free -= pool.units_to_admit(sequence, hit, self.plan.prefill_units(cached + chunk))
+            pool.admit(sequence, hit)
+            sequence.held_units = len(sequence.shared_blocks)
+            self.admit(sequence, cached)
+            budget -= chunk
+            self._schedule(sequence, chunk, chunks)
+        if chunks:
+            return Step(chunks, batch.size > 0, 1, True)
+        if not batch.size:
+            # Only after everything running was preempted: the queue's head fits an empty pool, so the next pick admits it.
+            return self.pick() if self.waiting and preempted else None
+        # Shrinking lanes free blocks in the middle of a run: then what waits must be looked at after every step.
+        stuck = bool(self.waiting) and (preempted or batch.num_shrinking > 0)
+        horizon = 1 if stuck else self.decode_horizon()
+        return Step(chunks, True, horizon, not self.waiting and len(self.running) < self.max_num_seqs)
+
+    def _schedule(self, sequence: Sequence, chunk: int, chunks: list[tuple[Sequence, Chunk]]) -> None:
+        prior = sequence.computed_tokens
+        self.reserve(sequence, prior + chunk)
+        chunks.append((sequence, Chunk(chunk, prior)))
+        self.partial = sequence if prior + chunk < sequence.prefill_tokens else None

@@ -1,0 +1,102 @@
+"""The GPU memory ledger: where every byte of one GPU goes, and how many are left for the KV pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import floor
+
+from kvsim.engines.base import Engine
+from kvsim.errors import DoesNotFitError, InputError
+from kvsim.hardware import Gpu
+from kvsim.model import Model
+from kvsim.policies.compose import CachePlan
+from kvsim.result import LedgerLine
+from kvsim.units import format_bytes
+
+
+class Ledger:
+    """Lines of the ledger, and `pool_units`: what the block pool holds, in the plan's units.
+
+    Raises DoesNotFitError where weights and the rest leave no room, saying by how much and what would make it fit.
+    """
+
+    def __init__(
+        self, gpu: Gpu, model: Model, tp: int, weight_dtype: str, engine: Engine, plan: CachePlan,
+        max_prompt_tokens: int, num_gpu_blocks: int | None = None,
+    ) -> None:  # fmt: skip
+        weights = round(model.weight_bytes(weight_dtype, tp))
+        allowed = floor(gpu.usable_bytes * engine.gpu_memory_utilization)
+        self.lines: list[LedgerLine] = [
+            LedgerLine("GPU memory", gpu.usable_bytes, f"as {gpu.name} reports it: {gpu.sources.get('usable_memory_gib', '')}"),
+            LedgerLine(
+                "engine's share", allowed, f"gpu_memory_utilization = {engine.gpu_memory_utilization:g}",
+            ),
+            LedgerLine("weights", weights, f"{weight_dtype}, one of {tp} GPUs" if tp > 1 else weight_dtype),
+        ]  # fmt: skip
+        used = weights
+        for line in engine.memory_lines(model, tp):
+            self.lines.append(LedgerLine(line.name, line.num_bytes, line.note))
+            used += 0 if line.outside else line.num_bytes
+        for policy in plan.composition.policies:
+            scratch = policy.scratch_bytes(plan.shape, max_prompt_tokens)
+            if scratch:
+                kind = str(getattr(policy, "kind", "policy"))
+                note = f"buffers while it acts on a prompt of {max_prompt_tokens} tokens"
+                self.lines.append(LedgerLine(f"{kind} scratch", scratch, note))
+                used += scratch
+        plain_block = plan.plain_block_bytes
+        if num_gpu_blocks is not None:
+            pool_bytes = num_gpu_blocks * plain_block
+            note = f"given: {num_gpu_blocks} blocks of {format_bytes(plain_block)}; the lines above are not used"
+        else:
+            pool_bytes = allowed - used
+            note = f"{pool_bytes // plain_block} uncompressed blocks of {format_bytes(plain_block)}" if pool_bytes > 0 else ""
+        if pool_bytes < plain_block:
+            raise DoesNotFitError(_does_not_fit(gpu, model, tp, weight_dtype, engine, self.lines, plain_block - pool_bytes))
+        self.lines.append(LedgerLine("KV pool", pool_bytes, note))
+        self.pool_bytes = pool_bytes
+        self.pool_units = pool_bytes // plan.unit_bytes
+        if engine.layout == "paged":  # whole blocks only
+            self.pool_units -= self.pool_units % plan.prefill_units_per_block
+        self.pool_slots = self.pool_units // plan.prefill_units_per_block * plan.shape.block_size_tokens * plan.shape.num_pairs
+        state = plan.state_bytes_per_token
+        if state:
+            part = round(pool_bytes * state / (state + plan.narrow_bytes_per_token))
+            self.lines.append(LedgerLine("of which policy state", part, f"{state:,.0f} B of scores or metadata a token"))
+
+
+def _does_not_fit(
+    gpu: Gpu, model: Model, tp: int, weight_dtype: str, engine: Engine, lines: Sequence[LedgerLine], short_bytes: int
+) -> str:
+    fixes = []
+    larger = next((n for n in model.valid_tps() if n > tp and _weights_fit(gpu, model, n, weight_dtype, engine)), None)
+    if larger:
+        fixes.append(f"tensor_parallel: {larger}")
+    for dtype in ("fp8", "int4"):
+        if weight_dtype in ("fp16", "bf16") and _weights_fit(gpu, model, tp, dtype, engine):
+            fixes.append(f"weight_dtype: {dtype}")
+            break
+    biggest = max(lines[2:], key=lambda line: line.num_bytes)
+    return (
+        f"{model.name} does not fit on {tp} x {gpu.name}: {format_bytes(short_bytes)} a GPU short of one KV block "
+        f"(largest line: {biggest.name}, {format_bytes(biggest.num_bytes)}; "
+        f"engine's share {format_bytes(lines[1].num_bytes)}); "
+        + (f"what would fit: {' or '.join(fixes)}" if fixes else "use a GPU with more memory")
+    )
+
+
+def _weights_fit(gpu: Gpu, model: Model, tp: int, weight_dtype: str, engine: Engine) -> bool:
+    others = sum(line.num_bytes for line in engine.memory_lines(model, tp) if not line.outside)
+    return model.weight_bytes(weight_dtype, tp) + others < 0.98 * gpu.usable_bytes * engine.gpu_memory_utilization
+
+
+def check_fits(plan: CachePlan, pool_units: int, field: str, prompt_tokens: int, output_tokens: int) -> None:
+    """Raises InputError where one sequence alone overflows the pool."""
+    peak = plan.peak_units(prompt_tokens, output_tokens)
+    if peak > pool_units:
+        raise InputError(
+            field, prompt_tokens,
+            f"must fit the KV pool: with {output_tokens} output tokens it needs {format_bytes(peak * plan.unit_bytes)}, "
+            f"the pool holds {format_bytes(pool_units * plan.unit_bytes)}",
+            "shorten the request, use more GPUs or a smaller kv_cache_dtype",
+        )  # fmt: skip

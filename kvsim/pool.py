@@ -1,0 +1,141 @@
+"""The KV block pool, counted in units; with prefix caching, a pool that remembers what its free blocks hold."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import count
+
+from kvsim.batch import Sequence
+
+
+class BlockPool:
+    """A pool of units that nobody shares."""
+
+    def __init__(self, capacity_units: int) -> None:
+        self.capacity_units = capacity_units
+        self.free_units = capacity_units
+        self.allocated = 0  # ever
+        self.released = 0
+        self.peak_held = 0
+
+    def take(self, units: int) -> None:
+        """Allocates units; the caller has checked that they are free."""
+        self.free_units -= units
+        self.allocated += units
+        assert self.free_units >= 0, "allocated more than the pool holds"
+        held = self.capacity_units - self.free_units
+        if held > self.peak_held:
+            self.peak_held = held
+
+    def give(self, units: int) -> None:
+        """Frees units."""
+        self.free_units += units
+        self.released += units
+        assert self.free_units <= self.capacity_units, "freed more than was allocated"
+
+    # A sequence's whole holdings: the prefix cache has more to do here.
+
+    def match(self, sequence: Sequence) -> int:
+        """Prompt tokens whose KV is in the pool already, of those that a hit may cover."""
+        return 0
+
+    def units_to_admit(self, sequence: Sequence, hit_tokens: int, units: int) -> int:
+        """Free units that a sequence of `units` takes when so many tokens hit."""
+        return units
+
+    def admit(self, sequence: Sequence, hit_tokens: int) -> None:
+        """The sequence now holds the blocks that its hit covers."""
+
+    def computed(self, sequence: Sequence) -> None:
+        """The sequence's prompt has been computed up to `computed_tokens`."""
+
+    def release(self, sequence: Sequence, units: int) -> None:
+        """The sequence gives back all it holds, `units` in all."""
+        self.give(units)
+
+
+class PrefixPool(BlockPool):
+    """Blocks are reference-counted; those that nobody uses stay findable until their turn to be reused comes.
+
+    As in vLLM v1: free blocks wait in one queue, least recently freed first, whether they hold a known prefix or not; a
+    sequence frees its last block first. A hit covers whole blocks, never the last prompt token, and only what had been computed by
+    the end of an earlier step. Where two sequences compute the same block at once, one copy is findable. One unit is one block.
+    """
+
+    def __init__(self, capacity_units: int, block_size_tokens: int, hash_block_tokens: int) -> None:
+        super().__init__(capacity_units)
+        self.block_size = block_size_tokens
+        self.blocks_per_hash = hash_block_tokens // block_size_tokens
+        self._refs: dict[int, int] = {}  # known blocks in use, by key
+        # Free blocks: a known block by its key (always >= 0), or a number of blocks that hold nothing findable.
+        self._queue: OrderedDict[int, int] = OrderedDict({-1: capacity_units})
+        self._ids = count(2)
+
+    def take(self, units: int) -> None:
+        super().take(units)
+        queue = self._queue
+        while units > 0:
+            key, available = next(iter(queue.items()))
+            if available > units:
+                queue[key] = available - units
+                return
+            del queue[key]
+            units -= available
+
+    def give(self, units: int) -> None:
+        super().give(units)
+        if units:
+            self._queue[-next(self._ids)] = units
+
+    def _keys(self, sequence: Sequence, start: int, stop: int) -> Iterator[int]:
+        """Keys of the prompt's blocks start, start + 1, ... stop - 1, as far as its hashes go."""
+        hashes, per_hash = sequence.request.prefix_hashes, self.blocks_per_hash
+        for block in range(start, min(stop, per_hash * len(hashes))):
+            value, part = divmod(block, per_hash)
+            yield hashes[value] * per_hash + part
+
+    def _hits(self, sequence: Sequence) -> list[int]:
+        last = min(sequence.prefill_tokens - 1, sequence.request.prompt_tokens) // self.block_size
+        hits = []
+        for key in self._keys(sequence, 0, last):
+            if key not in self._refs and key not in self._queue:
+                break
+            hits.append(key)
+        return hits
+
+    def match(self, sequence: Sequence) -> int:
+        return len(self._hits(sequence)) * self.block_size
+
+    def units_to_admit(self, sequence: Sequence, hit_tokens: int, units: int) -> int:
+        # Hits that wait in the queue leave it, so only those in use come for nothing.
+        return units - sum(key in self._refs for key in self._hits(sequence)) if hit_tokens else units
+
+    def admit(self, sequence: Sequence, hit_tokens: int) -> None:
+        sequence.shared_blocks = self._hits(sequence) if hit_tokens else []
+        sequence.known_blocks = len(sequence.shared_blocks)
+        for key in sequence.shared_blocks:
+            if key in self._refs:
+                self._refs[key] += 1
+            else:
+                del self._queue[key]
+                self._refs[key] = 1
+                super().take(1)
+
+    def computed(self, sequence: Sequence) -> None:
+        stop = min(sequence.computed_tokens, sequence.request.prompt_tokens) // self.block_size
+        for key in self._keys(sequence, sequence.known_blocks, stop):
+            sequence.known_blocks += 1
+            if key not in self._refs and key not in self._queue:
+                self._refs[key] = 1
+                sequence.shared_blocks.append(key)
+
+    def release(self, sequence: Sequence, units: int) -> None:
+        self.give(units - len(sequence.shared_blocks))
+        for key in reversed(sequence.shared_blocks):
+            self._refs[key] -= 1
+            if not self._refs[key]:
+                del self._refs[key]
+                self._queue[key] = 1
+                super().give(1)
+        sequence.shared_blocks = []

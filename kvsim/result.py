@@ -1,0 +1,73 @@
+"""What `simulate` returns: one `PolicyResult` for each policy of the scenario, and the means to compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvsim.metrics import Summary
+    from kvsim.recording import RunLog
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerLine:
+    """One line of the GPU memory ledger, in bytes per GPU; `note` says where the number comes from."""
+
+    name: str
+    num_bytes: int
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What the time of one Op kind rests on.
+
+    share_frac: its share of simulated time. source: "measured", "fitted", "datasheet" or "assumed", then the reference.
+    bias_low, bias_high: the 16 % and 84 % quantiles of measured/predicted that are believed to hold for it.
+    """
+
+    op: str
+    seconds: float
+    share_frac: float
+    source: str
+    bias_low: float
+    bias_high: float
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyResult:
+    """One policy's simulation."""
+
+    name: str
+    description: str
+    summary: Summary
+    log: RunLog
+    ledger: tuple[LedgerLine, ...]
+    pool_units: int
+    unit_bytes: int
+    kv_bytes_per_sequence: float
+    """Mean KV bytes, per GPU, held by a sequence in decode, over time."""
+    basis: tuple[Basis, ...]
+    notes: tuple[str, ...] = ()
+    """What a reader must know beside the numbers: features turned off and why, physics left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A scenario's results by policy name, in the scenario's order. `scenario` is the validated input as plain data."""
+
+    scenario: Mapping[str, Any]
+    title: str
+    policies: Mapping[str, PolicyResult]
+    versions: Mapping[str, str]
+    seed: int
+    slo: Mapping[str, float] = field(default_factory=dict)
+    """Limits in seconds by name: ttft_p99_s, tpot_p99_s, e2e_p99_s, ..."""
+    warmup_requests: int = 0
+
+    @property
+    def baseline(self) -> str | None:
+        """The policy gains are quoted against: the first whose cache is left whole, else None."""
+        return next((name for name, p in self.policies.items() if p.description == "full"), None)

@@ -1,0 +1,242 @@
+"""The main loop: one SimPy process per engine, which asks its scheduler for a step and sleeps for as long as it takes.
+
+Time is an integer number of picoseconds and moves by state changes: a run of decode steps between two of them is one event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+
+import simpy
+
+from kvsim.batch import Sequence
+from kvsim.cost import Run, StepCosts
+from kvsim.engines.scheduler import Scheduler, Step
+from kvsim.ops import Copy
+from kvsim.policies.compose import CachePlan
+from kvsim.recording import RunLog
+from kvsim.requests import Request, RequestSource
+from kvsim.units import PS_PER_S
+
+Progress = Callable[[int], None]
+_PROGRESS_EVERY = 256
+
+
+class Replica:
+    """One engine serving a source of requests.
+
+    contended: the costs of steps while a side stream takes its share of HBM bandwidth; None where policies act in the step.
+    check: raises InputError for a request that cannot be served. progress: told the number of finished requests now and then.
+    """
+
+    def __init__(
+        self, env: simpy.Environment, source: RequestSource, scheduler: Scheduler, costs: StepCosts,
+        contended: StepCosts | None = None, check: Callable[[Request], None] | None = None,
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        self.env, self.source, self.scheduler, self.costs, self.contended = env, source, scheduler, costs, contended
+        self.check, self.progress = check, progress
+        self.log = RunLog()
+        self.now = 0  # picoseconds; SimPy's clock, which counts whole ones here
+        self.num_finished = 0
+        self.side_busy_until_ps = 0
+        self._stalled = False  # some sequence waits for longer than the next step lasts
+        self._plan: CachePlan = costs.plan
+
+    def serve(self) -> Generator[simpy.Event, None, None]:
+        """The process: runs until every request has been answered."""
+        source = self.source
+        timeout, pick = self.env.timeout, self.scheduler.pick
+        while True:
+            now = self.now
+            arrival = source.next_arrival_ps
+            while arrival is not None and arrival <= now:
+                self._arrive(source.take())
+                arrival = source.next_arrival_ps
+            step = pick()
+            if step is None:
+                if arrival is None:
+                    break
+                yield timeout(arrival - now)
+                self.now = arrival
+            elif step.chunks:
+                duration = self._prefill(step)
+                yield timeout(duration)
+                self.now = now + duration
+                self._end_prefill(step, now)
+            else:
+                run = self._decode(step, arrival)
+                yield timeout(run.elapsed_ps)
+                self.now = now + run.elapsed_ps
+                self._advance(run.steps)
+        self._close()
+
+    def _arrive(self, request: Request) -> None:
+        if self.check is not None:
+            self.check(request)
+        self.scheduler.arrive(request)
+
+    # -- steps with prompt chunks ---------------------------------------------------------------------------------
+
+    def _prefill(self, step: Step) -> int:
+        """Costs the step and records it; returns its duration."""
+        scheduler, now = self.scheduler, self.now
+        batch = scheduler.batch
+        chunks, ending, compressed = [], 0, []
+        for sequence, chunk in step.chunks:
+            chunks.append(chunk)
+            if chunk.prior_tokens + chunk.new_tokens == sequence.prefill_tokens:
+                ending += 1
+                if sequence.generated + 1 < sequence.output_tokens:
+                    compressed.append((sequence.prompt_tokens, sequence.prefill_tokens))
+        costs = self._costs()
+        if self.contended is not None:
+            self._start_side(compressed)
+            compressed = []
+        decodes = batch.size if step.decodes else 0
+        duration = costs.prefill_step(batch if decodes else None, chunks, decodes + ending, compressed)
+        if decodes:
+            self._grow(1)
+        elif batch.size:
+            self._stalled = True
+        self._record(now, duration, 0, 1, decodes, sum(chunk.new_tokens for chunk in chunks), ending)
+        return duration
+
+    def _end_prefill(self, step: Step, started_ps: int) -> None:
+        scheduler, now = self.scheduler, self.now
+        if step.decodes:
+            self._advance(1)
+        for sequence, chunk in step.chunks:
+            sequence.computed_tokens += chunk.new_tokens
+            if sequence.scheduled_ps < 0:
+                sequence.scheduled_ps = started_ps
+            scheduler.pool.computed(sequence)
+            if sequence.computed_tokens < sequence.prefill_tokens:
+                continue
+            sequence.generated += 1
+            if sequence.first_token_ps < 0:
+                sequence.first_token_ps = now
+            else:
+                self.log.resumed_gaps_ps.append(now - sequence.last_token_ps)
+            sequence.last_token_ps = now
+            if sequence.generated == sequence.output_tokens:
+                self._finish(sequence)
+            else:
+                scheduler.start_decode(sequence)
+
+    # -- runs of decode steps -------------------------------------------------------------------------------------
+
+    def _decode(self, step: Step, arrival_ps: int | None) -> Run:
+        """Costs a run and records it. An arrival that might be admitted, or the end of a side stream, ends it early."""
+        now, batch = self.now, self.scheduler.batch
+        limit = None
+        if step.open and arrival_ps is not None:
+            limit = arrival_ps - now
+        costs = self.costs
+        if self.contended is not None and now < self.side_busy_until_ps:
+            costs = self.contended
+            ends = self.side_busy_until_ps - now
+            limit = ends if limit is None else min(limit, ends)
+        run = costs.decode_run(batch, limit, step.max_steps)
+        if step.swapped_units:
+            run = self._swap(run, step.swapped_units)
+        self._grow(run.steps)
+        if self._stalled:
+            self._record_stalls(now)
+        for start, first, growth, steps in run.pieces:
+            self._record(now + start, first, growth, steps, batch.size, 0, 0)
+        return run
+
+    def _advance(self, steps: int) -> None:
+        """The decoding batch has got its tokens: sequences finish, or their policies turn to the next piece."""
+        scheduler, batch = self.scheduler, self.scheduler.batch
+        batch.advance(steps)
+        scheduler.last_decode_ps = self.now
+        if batch.events and batch.events[0][0] <= batch.step:
+            for sequence in batch.pop_events():
+                if sequence.finish_step == batch.step:
+                    sequence.last_token_ps = self.now
+                    self._finish(sequence)
+                else:
+                    scheduler.turn(sequence)
+
+    def _grow(self, steps: int) -> None:
+        """Blocks that the decoding batch takes, or gives back, in its next steps."""
+        units = self.scheduler.batch.units_needed(steps)
+        if units > 0:
+            self.scheduler.pool.take(units)
+        elif units:
+            self.scheduler.pool.give(-units)
+
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        if sequence.is_beam:
+            return
+        request = sequence.request
+        self.log.requests.extend((
+            request.index, request.arrival_ps, sequence.scheduled_ps, sequence.first_token_ps, self.now,
+            request.prompt_tokens, request.output_tokens, sequence.cached_tokens, sequence.num_preemptions,
+        ))  # fmt: skip
+        self.source.completed(request, self.now)
+        self.num_finished += 1
+        if self.progress is not None and self.num_finished % _PROGRESS_EVERY == 0:
+            self.progress(self.num_finished)
+
+    # -- transfers ------------------------------------------------------------------------------------------------
+
+    def _costs(self) -> StepCosts:
+        busy = self.contended is not None and self.now < self.side_busy_until_ps
+        return self.contended if busy and self.contended is not None else self.costs
+
+    def _start_side(self, compressed: list[tuple[int, int]]) -> None:
+        """Compressions go to the side stream, one after the other, at its share of HBM bandwidth."""
+        assert self.contended is not None
+        work = sum(self.contended.side_ps(prompt, prefill) for prompt, prefill in compressed)
+        self.side_busy_until_ps = max(self.side_busy_until_ps, self.now) + work
+
+    def _swap(self, run: Run, units: int) -> Run:
+        """Blocks cross the host link before the run's first and only step."""
+        answer = self.costs.profile.answer(Copy("host", units * self._plan.unit_bytes))
+        moved_ps = round(answer.seconds * PS_PER_S)
+        self.costs.spend_transfer(moved_ps, answer)
+        self._stalled = True
+        first = run.pieces[0]
+        return Run(run.steps, run.elapsed_ps + moved_ps, [first._replace(first_ps=first.first_ps + moved_ps)])
+
+    # -- records --------------------------------------------------------------------------------------------------
+
+    def _record(
+        self, start_ps: int, first_ps: int, growth_ps: int, steps: int, decodes: int, prefill_tokens: int, ending: int
+    ) -> None:
+        pool = self.scheduler.pool
+        self.log.steps.extend((
+            start_ps, first_ps, growth_ps, steps, decodes, prefill_tokens, ending,
+            pool.capacity_units - pool.free_units, len(self.scheduler.waiting),
+        ))  # fmt: skip
+
+    def _record_stalls(self, now: int) -> None:
+        """Tokens of the step that begins come later than the step is long for those who got their last one before `now`."""
+        self._stalled = False
+        row = len(self.log.steps) // 9
+        waits: dict[int, int] = {}
+        for sequence in self.scheduler.batch.members:
+            decoded = sequence.join_step < self.scheduler.batch.step
+            last = max(sequence.last_token_ps, self.scheduler.last_decode_ps if decoded else 0)
+            if now > last:
+                waits[now - last] = waits.get(now - last, 0) + 1
+        for extra, number in waits.items():
+            self.log.stalls.extend((row, extra, number))
+
+    def _close(self) -> None:
+        log, pool, scheduler = self.log, self.scheduler.pool, self.scheduler
+        assert not scheduler.running and not scheduler.waiting and not scheduler.batch.size
+        assert pool.free_units == pool.capacity_units, "blocks were lost"
+        log.end_ps = self.now
+        log.num_preemptions = scheduler.num_preemptions
+        log.peak_held_units, log.units_allocated, log.units_freed = pool.peak_held, pool.allocated, pool.released
+        log.op_ps = self.costs.op_times()
+        if self.contended is not None:
+            for label, value in self.contended.op_times().items():
+                log.op_ps[label] = log.op_ps.get(label, 0) + value
+        if self.progress is not None:
+            self.progress(self.num_finished)

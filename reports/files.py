@@ -1,0 +1,211 @@
+"""What a run writes to disk: summary.json, a row per request, plots and a trace; all of it or nothing.
+
+Equal inputs give equal bytes: no dates, no paths, no machine names, keys sorted.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from kvsim.errors import InputError
+from kvsim.recording import RunLog
+from kvsim.reports.compare import gains_over_baseline, op_shares
+from kvsim.reports.verdict import verdict, warnings
+from kvsim.result import Result
+from kvsim.units import PS_PER_S
+
+SCHEMA_VERSION = 1
+PLOT_NAMES = ("latency_cdf.png", "over_time.png", "time_by_op.png", "gains.png")
+FILE_NAMES = ("summary.json", "requests.csv", "requests.parquet", "trace.json.gz", *PLOT_NAMES)
+"""Every name that `write_outputs` may write; those of an earlier run that this one does not write are removed."""
+
+TIMES = ("arrival", "scheduled", "first_token", "finish", "queue", "ttft", "tpot", "e2e")
+COUNTS = ("prompt_tokens", "output_tokens", "cached_tokens", "num_preemptions")
+REQUEST_COLUMNS = ("policy", "index", "is_warmup", *(f"{name}_s" for name in TIMES), *COUNTS)
+
+
+def write_outputs(
+    result: Result,
+    out_dir: str | os.PathLike[str],
+    *,
+    requests_format: Literal["csv", "parquet"] = "csv",
+    plots: bool = True,
+    perfetto: bool = False,
+    trace_requests: int = 1000,
+) -> list[Path]:
+    """Write the files of one run and return their paths.
+
+    They are made in a temporary directory inside out_dir (so on its file system) and then renamed one by one. Raises
+    InputError if out_dir cannot be written, or if requests_format is "parquet" and pyarrow is not installed.
+    """
+    if requests_format not in ("csv", "parquet"):
+        raise InputError("requests_format", requests_format, "must be csv or parquet")
+    target = Path(out_dir)
+    try:
+        is_new = not target.exists()
+        target.mkdir(parents=True, exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(prefix=".kvsim-", dir=target))
+    except OSError as error:
+        raise _unwritable(out_dir, error) from error
+    try:
+        (workspace / "summary.json").write_text(to_json(result), encoding="utf-8", newline="\n")
+        if requests_format == "csv":
+            write_requests_csv(result, workspace / "requests.csv")
+        else:
+            write_requests_parquet(result, workspace / "requests.parquet")
+        if plots:
+            from kvsim.reports.plots import save_plots
+
+            save_plots(result, workspace)
+        if perfetto:
+            from kvsim.reports.perfetto import write_trace
+
+            write_trace(result, workspace / "trace.json.gz", max_requests=trace_requests)
+        made = [name for name in FILE_NAMES if (workspace / name).exists()]
+        for name in made:
+            os.replace(workspace / name, target / name)
+        for name in set(FILE_NAMES) - set(made):
+            (target / name).unlink(missing_ok=True)
+        return [target / name for name in made]
+    except OSError as error:
+        raise _unwritable(out_dir, error) from error
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+        if is_new and not any(target.iterdir()):
+            target.rmdir()
+
+
+def to_json(result: Result) -> str:
+    """The summary as JSON text: sorted keys, and null for every number that is not finite."""
+    return json.dumps(summary_data(result), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def summary_data(result: Result) -> dict[str, Any]:
+    """All of a result but its logs, as plain data."""
+    gains = gains_over_baseline(result)
+    policies = {
+        name: {
+            "description": policy.description,
+            "summary": policy.summary,
+            "gains_over_baseline": gains.get(name),
+            "op_share_frac": op_shares(policy),
+            "ledger": policy.ledger,
+            "pool_units": policy.pool_units,
+            "unit_bytes": policy.unit_bytes,
+            "kv_bytes_per_sequence": policy.kv_bytes_per_sequence,
+            "basis": policy.basis,
+            "notes": policy.notes,
+        }
+        for name, policy in result.policies.items()
+    }
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "title": result.title,
+        "scenario": result.scenario,
+        "seed": result.seed,
+        "versions": result.versions,
+        "slo": result.slo,
+        "warmup_requests": result.warmup_requests,
+        "baseline": result.baseline,
+        "policy_order": list(result.policies),
+        "policies": policies,
+        "warnings": warnings(result),
+        "verdict": verdict(result),
+    }
+    return _plain(data)
+
+
+def request_columns(log: RunLog, warmup_requests: int) -> dict[str, np.ndarray]:
+    """Integer columns in order of arrival, times in picoseconds; `tpot` is -1 where there is only one token."""
+    logged = log.request_columns()
+    order = np.argsort(logged["index"], kind="stable")
+    columns = {name.removesuffix("_ps"): column[order] for name, column in logged.items()}
+    gaps = columns["output_tokens"] - 1
+    decode_ps = columns["finish"] - columns["first_token"]
+    rounded_ps = (2 * decode_ps + gaps) // np.maximum(2 * gaps, 1)
+    return columns | {
+        "is_warmup": (columns["index"] < warmup_requests).astype(np.int64),
+        "queue": columns["scheduled"] - columns["arrival"],
+        "ttft": columns["first_token"] - columns["arrival"],
+        "tpot": np.where(gaps > 0, rounded_ps, -1),
+        "e2e": columns["finish"] - columns["arrival"],
+    }
+
+
+def write_requests_csv(result: Result, path: Path) -> None:
+    """One row per request and policy; times in seconds with twelve decimals, which is exact."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(REQUEST_COLUMNS)
+        for name, policy in result.policies.items():
+            writer.writerows(_csv_rows(name, request_columns(policy.log, result.warmup_requests)))
+
+
+def _csv_rows(policy: str, columns: Mapping[str, np.ndarray]) -> Iterator[tuple[object, ...]]:
+    times = [map(_exact_seconds, columns[name].tolist()) for name in TIMES]
+    counts = [columns[name].tolist() for name in COUNTS]
+    for index, is_warmup, *rest in zip(
+        columns["index"].tolist(), columns["is_warmup"].tolist(), *times, *counts, strict=True
+    ):
+        yield (policy, index, is_warmup, *rest)
+
+
+def _exact_seconds(time_ps: int) -> str:
+    if time_ps < 0:
+        return ""
+    whole, rest = divmod(time_ps, PS_PER_S)
+    return f"{whole}.{rest:012d}"
+
+
+def write_requests_parquet(result: Result, path: Path) -> None:
+    """The columns of the CSV file; times as float64 seconds, null where there is none."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        rule = "needs pyarrow, which is not installed"
+        raise InputError("requests_format", "parquet", rule, "pip install 'kvsim[parquet]' or use csv") from error
+    times = [(f"{name}_s", pa.float64()) for name in TIMES]
+    counts = [(name, pa.int64()) for name in COUNTS]
+    schema = pa.schema([("policy", pa.string()), ("index", pa.int64()), ("is_warmup", pa.bool_()), *times, *counts])
+    with pq.ParquetWriter(path, schema) as writer:
+        for name, policy in result.policies.items():
+            columns = request_columns(policy.log, result.warmup_requests)
+            arrays = [pa.array([name] * len(columns["index"]), pa.string()), pa.array(columns["index"])]
+            arrays.append(pa.array(columns["is_warmup"].astype(bool)))
+            arrays += [pa.array(columns[time] / PS_PER_S, mask=columns[time] < 0) for time in TIMES]
+            arrays += [pa.array(columns[count]) for count in COUNTS]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types: dataclasses and mappings to dicts, tuples to lists, NaN and infinity to None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    raise TypeError(f"{type(value).__name__} {value!r} has no place in a summary; make it plain data first")
+
+
+def _unwritable(out_dir: str | os.PathLike[str], error: OSError) -> InputError:
+    rule = f"cannot be written ({error.strerror or error})"
+    return InputError("--out", os.fspath(out_dir), rule, "choose another directory, or free some space")

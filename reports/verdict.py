@@ -1,0 +1,117 @@
+"""The result in plain words: which policy is fastest, whether that matters at this load, and when not to believe it."""
+
+from __future__ import annotations
+
+from kvsim.metrics import Summary
+from kvsim.reports.compare import gains_over_baseline
+from kvsim.reports.formats import factor, listed, number
+from kvsim.result import Result
+from kvsim.units import format_seconds
+
+SAME_FRAC = 0.02
+"""Differences below this are called none: the error bands of simulated times are wider."""
+
+
+def verdict(result: Result) -> list[str]:
+    """One to three sentences."""
+    summaries = {name: policy.summary for name, policy in result.policies.items()}
+    if len(summaries) == 1:
+        ((name, only),) = summaries.items()
+        return [f"{name} serves {_served(only)}."]
+    met = [name for name, s in summaries.items() if s.slo and all(check.met for check in s.slo.values())]
+    kept_up = [name for name, s in summaries.items() if keeps_up(s)]
+    lines = [_slo_sentence(list(summaries), met)] if result.slo else []
+    if len(kept_up) == len(summaries):
+        return [*lines, *_load_limited(result, summaries, met)]
+    return [*lines, _fastest(result, summaries, met or kept_up or list(summaries))]
+
+
+def warnings(result: Result) -> list[str]:
+    """Reasons to doubt the latencies: overload, and runs too short for a steady state."""
+    lines = []
+    for name, policy in result.policies.items():
+        growth = policy.summary.queue_growth
+        if growth is None:
+            continue
+        if growth.overloaded:
+            lines.append(
+                f"{name} is overloaded: {number(growth.offered_per_s)} requests/s arrive, "
+                f"{number(growth.taken_up_per_s)}/s are taken up; {growth.waiting_halfway:,} wait halfway through the "
+                f"arrivals, {growth.waiting_at_last_arrival:,} at the last. Its TTFT and E2E grow with the length of "
+                "the run: compare its throughput, not its latency."
+            )
+        elif growth.arrivals_s < 3 * policy.summary.e2e.mean_s:
+            lines.append(
+                f"{name}: a short run, arrivals last {format_seconds(growth.arrivals_s)} and a request "
+                f"{format_seconds(policy.summary.e2e.mean_s)}; this is no steady state. Simulate more requests."
+            )
+    return lines
+
+
+def is_overloaded(summary: Summary) -> bool:
+    return summary.queue_growth is not None and summary.queue_growth.overloaded
+
+
+def keeps_up(summary: Summary) -> bool:
+    """Requests arrive over time, and their queue does not grow; nobody keeps up with requests that all come at once."""
+    return summary.queue_growth is not None and not summary.queue_growth.overloaded
+
+
+def _served(summary: Summary) -> str:
+    return (
+        f"{number(summary.output_tokens_per_s)} output tokens/s ({number(summary.requests_per_s)} requests/s) "
+        f"at p99 TTFT {_time(summary.ttft.p99_s)} and p99 TPOT {_time(summary.tpot.p99_s)}"
+    )
+
+
+def _time(value_s: float) -> str:
+    return "-" if value_s != value_s else format_seconds(value_s)
+
+
+def _slo_sentence(names: list[str], met: list[str]) -> str:
+    if not met:
+        return "No policy meets the SLO at this load."
+    if len(met) == len(names):
+        return "Every policy meets the SLO at this load."
+    missed = [name for name in names if name not in met]
+    return (
+        f"{listed(met)} {'meets' if len(met) == 1 else 'meet'} the SLO at this load; "
+        f"{listed(missed)} {'does' if len(missed) == 1 else 'do'} not."
+    )
+
+
+def _fastest(result: Result, summaries: dict[str, Summary], among: list[str]) -> str:
+    """The highest throughput among the policies that meet the SLO, or else keep up with the load, or else all."""
+    highest = max(summaries[name].output_tokens_per_s for name in among)
+    level = [name for name in among if summaries[name].output_tokens_per_s >= highest / (1 + SAME_FRAC)]
+    best = min(level, key=lambda name: summaries[name].e2e.mean_s)
+    summary, others = summaries[best], [name for name in level if name != best]
+    tie = f"; {listed(others)} within {SAME_FRAC:.0%} of that, at longer E2E" if others else ""
+    room = " It keeps up with the load, so it could serve more than this." if keeps_up(summary) else ""
+    over = gains_over_baseline(result).get(best)
+    if over is None:
+        return f"Highest throughput: {best}, {_served(summary)}{tie}.{room}"
+    if best == result.baseline:
+        rivals = "No policy" if len(among) == len(summaries) else "None of those"
+        return f"{rivals} beats {best}: {_served(summary)}{tie}.{room}"
+    return (
+        f"{best} serves {factor(over['output_tokens_x'])} the tokens per second of {result.baseline}: "
+        f"{_served(summary)}{tie}.{room}"
+    )
+
+
+def _load_limited(result: Result, summaries: dict[str, Summary], met: list[str]) -> list[str]:
+    best = min(met or summaries, key=lambda name: summaries[name].e2e.mean_s)
+    mean_e2e = format_seconds(summaries[best].e2e.mean_s)
+    lines = ["Every policy keeps up with the load, so its throughput says nothing of its capacity: raise the rate."]
+    over = gains_over_baseline(result).get(best)
+    if over is None:
+        lines.append(f"Shortest mean E2E: {best}, {mean_e2e}.")
+    elif not over["e2e_x"] > 1 + SAME_FRAC:
+        lines.append(f"No policy is clearly faster than {result.baseline} at this load.")
+    else:
+        lines.append(
+            f"{best} finishes requests {factor(over['e2e_x'])} as fast as {result.baseline}: mean E2E {mean_e2e}, "
+            f"TTFT {factor(over['ttft_x'])}, TPOT {factor(over['tpot_x'])}."
+        )
+    return lines

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from fakes import make_log, make_policy, make_result
+
+from kvsim.reports.compare import gains_over_baseline, merged_basis, merged_notes, shares_by_kind_of_source
+from kvsim.reports.formats import factor, listed, number, percent, share, time_unit
+from kvsim.reports.terminal import DEFAULT_SECTIONS, SECTIONS, print_report, render_text
+from kvsim.reports.verdict import verdict, warnings
+from kvsim.result import Result
+
+NAN = float("nan")
+QUICK = {"slots": 40, "num_requests": 300}
+
+
+@pytest.fixture(scope="module")
+def result() -> Result:
+    return make_result()
+
+
+def test_every_section_fits_100_columns(result: Result) -> None:
+    text = render_text(result, sections=SECTIONS)
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert all(line == line.rstrip() for line in text.splitlines())
+    for name in result.policies:
+        assert name in text
+    for head in ("TTFT", "TPOT", "E2E", "peak KV", "Gain over full", "Device time by Op", "GPU memory", "rest on"):
+        assert head in text
+
+
+def test_eight_policies_with_long_names_still_show_every_number() -> None:
+    log = make_log(num_requests=40)
+    names = ["full", *(f"policy-{i}+a-second-one" for i in range(7))]
+    text = render_text(make_result(logs=dict.fromkeys(names, log), warmup=0))
+    assert max(len(line) for line in text.splitlines()) <= 100 and "…" not in text
+    assert text.count("Device time by Op") == 2
+
+
+def test_a_pipe_gets_plain_text_in_its_encoding(result: Result) -> None:
+    raw = io.BytesIO()
+    pipe = io.TextIOWrapper(raw, encoding="ascii")
+    print_report(replace(result, title="naïve"), pipe)
+    pipe.flush()
+    text = raw.getvalue().decode("ascii")
+    assert "\x1b" not in text and "\r" not in text and "---" in text and text.startswith("na?ve")
+
+
+def test_a_terminal_gets_colour_and_literal_brackets(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    screen = Screen()
+    print_report(result, screen)
+    assert "\x1b[" in screen.getvalue() and "[kivi]" in screen.getvalue()
+
+
+def test_sections_can_be_chosen(result: Result) -> None:
+    text = render_text(result, sections=["ledger"])
+    assert "GPU memory" in text and "TTFT" not in text
+    assert "+300.00 MiB" in text and "same" in text
+    assert "score sums" not in render_text(result) and "score sums" in render_text(result, sections=["full_ledger"])
+    assert "full_ledger" not in DEFAULT_SECTIONS
+
+
+def test_gains_are_factors_above_one_where_better(result: Result) -> None:
+    table = gains_over_baseline(result)
+    assert set(table["full"].values()) == {1.0}
+    assert table["[kivi]"]["kv_per_sequence_x"] == 1155 / 600
+    kivi, full = result.policies["[kivi]"].summary, result.policies["full"].summary
+    assert table["[kivi]"]["tpot_x"] == full.tpot.mean_s / kivi.tpot.mean_s > 1
+    assert gains_over_baseline(make_result(logs={"a": make_log(num_requests=30)}, warmup=0)) == {}
+
+
+def test_overload_is_said_with_numbers_and_marks_what_depends_on_it(result: Result) -> None:
+    (line,) = warnings(result)
+    growth = result.policies["full"].summary.queue_growth
+    assert growth is not None and line.startswith("full is overloaded: 3.45 requests/s arrive, 2.38/s are taken up")
+    assert f"{growth.waiting_at_last_arrival} at the last" in line
+    text = render_text(result)
+    assert "full *" in text and "299x*" in text and "WARNING: full is overloaded" in text
+
+
+def test_verdict_names_the_fastest_that_meets_the_slo(result: Result) -> None:
+    slo, fastest = verdict(result)
+    assert slo == "snapkv+think and [kivi] meet the SLO at this load; full does not."
+    assert fastest.startswith("[kivi] serves 1.51x the tokens per second of full: 506 output tokens/s")
+    assert "snapkv+think within 2% of that" in fastest and "it could serve more" in fastest
+
+
+def test_verdict_does_not_sell_throughput_that_the_load_limits() -> None:
+    logs = {"full": make_log(**QUICK), "fast": make_log(step_s=0.012, **QUICK)}
+    sentences = verdict(make_result(logs=logs, slo={}))
+    assert "says nothing of its capacity" in sentences[0] and "tokens per second" not in " ".join(sentences)
+    assert sentences[1].startswith("fast finishes requests 1.")
+    assert "No policy is clearly faster" in verdict(make_result(logs={"full": logs["full"], "same": logs["full"]}))[-1]
+
+
+def test_verdict_when_the_baseline_wins_or_there_is_none() -> None:
+    logs = {"full": make_log(slots=8), "slow": make_log(slots=8, step_s=0.03)}
+    assert verdict(make_result(logs=logs, slo={}))[0].startswith("No policy beats full: ")
+    assert verdict(make_result(logs={"a": logs["full"], "b": logs["slow"]}, slo={}))[0].startswith(
+        "Highest throughput: a"
+    )
+    assert verdict(make_result(logs={"a": logs["full"]}))[0].startswith("a serves ")
+    assert verdict(make_result(logs=logs))[0] == "No policy meets the SLO at this load."
+
+
+def test_short_runs_are_called_short() -> None:
+    line = warnings(make_result(logs={"full": make_log(num_requests=8, slots=8)}, warmup=0))[0]
+    assert "full: a short run" in line
+
+
+def test_basis_and_notes_are_merged() -> None:
+    result = make_result()
+    rows = merged_basis(result)
+    assert [row.op for row in rows] == ["gemm", "decode_attention", "prefill_attention", "host"]
+    assert rows[0].policies == tuple(result.policies) and rows[0].least_share_frac < rows[0].largest_share_frac
+    assert merged_notes(result) == [
+        ("prefix caching is off: compressed KV cannot be shared", ("snapkv+think", "[kivi]"))
+    ]
+    assert list(shares_by_kind_of_source(result.policies["full"])) == ["measured", "datasheet"]
+
+
+def test_nothing_to_show_is_shown_as_nothing() -> None:
+    log = make_log(num_requests=12)
+    log.op_ps = {"gemm": 1}
+    shared = {"warmup": 0, "slo": {}}
+    policy = make_policy(
+        "a", "full", log, shared, basis=(), ledger=(), notes=(), pool_units=0, kv_bytes_per_sequence=NAN
+    )
+    text = render_text(Result({}, "t", {"a": policy}, {}, 0), sections=SECTIONS)
+    assert "numbers rest on" not in text and "nan" not in text
+
+
+def test_numbers() -> None:
+    cells = [number(value) for value in (None, NAN, 0, 0.0123456, 1.5, 100.04, 12345.6)]
+    assert cells == ["-", "-", "0", "0.0123", "1.50", "100", "12,346"]
+    assert [factor(1.234), factor(299.4), factor(NAN)] == ["1.23x", "299x", "-"]
+    assert [percent(1, 3), percent(None), percent(1, 0), share(0.0001), share(0)] == ["33.3", "-", "-", "<0.1", "0.0"]
+    assert time_unit([0.002, 0.9]) == ("ms", 1e-3) and time_unit([NAN]) == ("s", 1.0) and time_unit([1e-5])[0] == "us"
+    assert listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a, b and c"
