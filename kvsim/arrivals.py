@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from kvsim.frozen import Frozen
 from kvsim.units import PS_PER_S, ps
-from kvsim.workload_fields import Count, Frozen, NonNegative, Number, Positive, Rate
+from kvsim.workload_fields import Count, NonNegative, Number, Positive, Rate
 
 CHUNK = 4096
 """Draws per numpy call; constant, so that the first n requests do not depend on how many are asked for."""
@@ -26,7 +27,7 @@ class Poisson(Frozen):
     """Independent exponential gaps; the first request arrives one gap after time zero."""
 
     kind: Literal["poisson"] = "poisson"
-    rate_per_s: Rate
+    rate_per_s: Rate = Field(description="requests per second, on average")
 
     def times_ps(self, rng: np.random.Generator) -> Iterator[int]:
         return _times_ps(lambda: rng.standard_exponential(CHUNK) / self.rate_per_s)
@@ -42,8 +43,8 @@ class Gamma(Frozen):
     """
 
     kind: Literal["gamma"] = "gamma"
-    rate_per_s: Rate
-    burstiness: Annotated[Number, Field(ge=1e-3, le=1e6)]
+    rate_per_s: Rate = Field(description="requests per second, on average")
+    burstiness: Number = Field(ge=1e-3, le=1e6, description="shape of the gaps: 1 is Poisson, less is burstier")
 
     def times_ps(self, rng: np.random.Generator) -> Iterator[int]:
         scale_s = 1.0 / (self.rate_per_s * self.burstiness)
@@ -57,7 +58,7 @@ class Constant(Frozen):
     """Equal gaps, the first request at time zero."""
 
     kind: Literal["constant", "uniform"] = "constant"
-    rate_per_s: Rate
+    rate_per_s: Rate = Field(description="requests per second")
 
     def times_ps(self, rng: np.random.Generator) -> Iterator[int]:
         return count(0, ps(1.0 / self.rate_per_s))
@@ -87,12 +88,14 @@ class ClosedLoopArrivals(Frozen):
     """
 
     kind: Literal["closed_loop"] = "closed_loop"
-    clients: Count
-    start: Literal["together", "staggered"] = "together"
-    stagger_s: Positive | None = None
-    think_time_s: NonNegative = 0.0
-    requests_per_client: Count | None = None
-    length_range_frac: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    clients: Count = Field(description="clients, each with one request in flight")
+    start: Literal["together", "staggered"] = Field("together", description="when clients send their first request")
+    stagger_s: Positive | None = Field(None, description="seconds over which staggered starts spread")
+    think_time_s: NonNegative = Field(0.0, description="pause of a client after each answer")
+    requests_per_client: Count | None = Field(None, description="requests of each client, in place of num_requests")
+    length_range_frac: Number = Field(
+        0.0, ge=0, lt=1, description="f: lengths drawn uniformly from [1 - f, 1] of a fixed length"
+    )
 
     @model_validator(mode="after")
     def _stagger_goes_with_staggered(self) -> ClosedLoopArrivals:

@@ -88,6 +88,7 @@ class DecodeBatch:
         self.teeth: list[int] = []  # sequences at phase 0 in steps of that residue
         self.tooth_actions: list[list[int]] = []  # slots handled in steps of that residue, by policy
         self.num_periodic = 0
+        self.tooth_units = plan.tooth or (0,) * plan.num_scalars
         self.events: list[tuple[int, int, Sequence]] = []
         self._ids = count()
 
@@ -256,16 +257,18 @@ class DecodeBatch:
 
     def tooth_sum(self, step: int) -> int:
         """Sum over periodic sequences of their phase in that step."""
-        period = self.period
-        return sum(number * ((step - residue) % period) for residue, number in enumerate(self.teeth))
+        period, total = self.period, 0
+        for residue, number in enumerate(self.teeth):
+            if number:
+                total += number * ((step - residue) % period)
+        return total
 
     def reads(self) -> list[int]:
         """Scalar units that the next step reads."""
         if not self.num_periodic:
             return self.read
-        assert self.plan.tooth is not None
         teeth = self.tooth_sum(self.step + 1)
-        return [value + tooth * teeth for value, tooth in zip(self.read, self.plan.tooth, strict=True)]
+        return [value + tooth * teeth for value, tooth in zip(self.read, self.tooth_units, strict=True)]
 
     def action_slots(self) -> list[int] | None:
         """Slots that each policy's action handles in the next step; None where none acts."""

@@ -18,10 +18,11 @@ class Curve:
     While a simulation runs, `count` and `offset` add up the evaluations in each cell, from which `times` gets time by label.
     """
 
-    __slots__ = ("count", "ms", "offset", "parts", "xs", "ys")
+    __slots__ = ("count", "knots", "ms", "offset", "parts", "xs", "ys")
 
     def __init__(self, knots: Sequence[int], seconds: Mapping[str, Sequence[float]]) -> None:
-        """seconds: for each label, its value at every knot; negative steps (noise in a table) are flattened."""
+        """knots: ascending, from 0. seconds: for each label, its value at every knot; falls (noise in a table) are flattened."""
+        self.knots = knots
         self.xs: list[int] = [*knots[:-1], _BEYOND]
         self.parts: dict[str, tuple[list[int], list[int]]] = {}
         for label, values in seconds.items():
@@ -32,8 +33,11 @@ class Curve:
             ms = [(ys[i + 1] - ys[i]) // (knots[i + 1] - knots[i]) for i in range(len(knots) - 1)]
             self.parts[label] = (ys[:-1], ms)
         cells = range(len(knots) - 1)
-        self.ys = [sum(ys[i] for ys, _ in self.parts.values()) for i in cells]
-        self.ms = [sum(ms[i] for _, ms in self.parts.values()) for i in cells]
+        if len(self.parts) == 1:
+            ((self.ys, self.ms),) = self.parts.values()
+        else:
+            self.ys = [sum(ys[i] for ys, _ in self.parts.values()) for i in cells]
+            self.ms = [sum(ms[i] for _, ms in self.parts.values()) for i in cells]
         self.count = [0] * len(cells)
         self.offset = [0] * len(cells)
 
@@ -41,11 +45,6 @@ class Curve:
         """Picoseconds at x units."""
         i = bisect_right(self.xs, x) - 1
         return self.ys[i] + self.ms[i] * (x - self.xs[i])
-
-    def part(self, label: str, x: int) -> int:
-        i = bisect_right(self.xs, x) - 1
-        ys, ms = self.parts[label]
-        return ys[i] + ms[i] * (x - self.xs[i])
 
     def charge(self, x: int, times: int = 1) -> int:
         """Picoseconds at x, entered into the account `times` times."""
@@ -66,14 +65,18 @@ class Curve:
 def steps_to_reach(target_ps: int, first_ps: int, growth_ps: int, max_steps: int) -> int:
     """The least n in 1..max_steps with ``n*first + growth*n*(n-1)/2 >= target``; max_steps where none does.
 
-    This is the step at whose end an arrival `target_ps` ahead is noticed.
+    This is the step at whose end an arrival `target_ps` ahead is noticed. Every step must take some time.
     """
-    if growth_ps == 0:
-        return min(max_steps, -(-target_ps // first_ps)) if target_ps > first_ps else 1
-    if target_ps <= first_ps:
+    if target_ps <= first_ps or max_steps == 1:
         return 1
+    if growth_ps == 0:
+        n = -(-target_ps // first_ps)
+        return n if n < max_steps else max_steps
     half = first_ps - growth_ps / 2
-    n = int((((half * half + 2.0 * growth_ps * target_ps) ** 0.5) - half) / growth_ps)
+    under = half * half + 2.0 * growth_ps * target_ps
+    if under < 0:  # steps get shorter and never add up to the target
+        return max_steps
+    n = int((under**0.5 - half) / growth_ps)
     n = min(max(n, 1), max_steps)
     # The square root is a guess in floating point; whole numbers decide.
     while n < max_steps and n * first_ps + growth_ps * (n * (n - 1) // 2) < target_ps:

@@ -13,8 +13,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from kvsim.arrivals import CHUNK
+from kvsim.frozen import Frozen
 from kvsim.trace_files import read_lengths
-from kvsim.workload_fields import MAX_TOKENS, Frozen, Number, Pairs, Tokens
+from kvsim.workload_fields import MAX_TOKENS, Number, Pairs, Tokens
 
 # Coefficients of variation (standard deviation over mean) of the 19,366 requests of AzureLLMInferenceTrace_conv.csv
 # (Azure Public Dataset, LLM inference trace 2023, conversation): prompts 0.960, outputs 0.771. The logarithms of the
@@ -32,8 +33,8 @@ class Fixed(Frozen):
     """Every request the same."""
 
     kind: Literal["fixed"] = "fixed"
-    prompt_tokens: Tokens
-    output_tokens: Tokens
+    prompt_tokens: Tokens = Field(description="tokens of every prompt")
+    output_tokens: Tokens = Field(description="tokens of every answer")
 
     def pairs(self, rng: np.random.Generator, base_dir: Path) -> Pairs:
         return repeat((self.prompt_tokens, self.output_tokens))
@@ -59,10 +60,10 @@ class Uniform(Frozen):
     """Whole numbers, equally likely between the bounds, both included; prompt and output independent."""
 
     kind: Literal["uniform"] = "uniform"
-    prompt_min_tokens: Tokens
-    prompt_max_tokens: Tokens
-    output_min_tokens: Tokens
-    output_max_tokens: Tokens
+    prompt_min_tokens: Tokens = Field(description="shortest prompt")
+    prompt_max_tokens: Tokens = Field(description="longest prompt")
+    output_min_tokens: Tokens = Field(description="shortest answer")
+    output_max_tokens: Tokens = Field(description="longest answer")
 
     @model_validator(mode="after")
     def _ordered(self) -> Uniform:
@@ -94,12 +95,12 @@ class Lognormal(Frozen):
     """
 
     kind: Literal["lognormal"] = "lognormal"
-    prompt_mean_tokens: Annotated[Number, Field(gt=1, le=MAX_TOKENS)]
-    output_mean_tokens: Annotated[Number, Field(gt=1, le=MAX_TOKENS)]
-    prompt_cv: Annotated[Number, Field(ge=0.01, le=20)] = AZURE_2023_CONV_PROMPT_CV
-    output_cv: Annotated[Number, Field(ge=0.01, le=20)] = AZURE_2023_CONV_OUTPUT_CV
-    prompt_max_tokens: Tokens | None = None
-    output_max_tokens: Tokens | None = None
+    prompt_mean_tokens: Number = Field(gt=1, le=MAX_TOKENS, description="mean prompt, after clipping")
+    output_mean_tokens: Number = Field(gt=1, le=MAX_TOKENS, description="mean answer, after clipping")
+    prompt_cv: Number = Field(AZURE_2023_CONV_PROMPT_CV, ge=0.01, le=20, description="standard deviation over mean of prompts")
+    output_cv: Number = Field(AZURE_2023_CONV_OUTPUT_CV, ge=0.01, le=20, description="standard deviation over mean of answers")
+    prompt_max_tokens: Tokens | None = Field(None, description="longer prompts are cut to this")
+    output_max_tokens: Tokens | None = Field(None, description="longer answers are cut to this")
 
     @model_validator(mode="after")
     def _mean_below_max(self) -> Lognormal:
@@ -152,8 +153,8 @@ class Empirical(Frozen):
     """
 
     kind: Literal["empirical"] = "empirical"
-    path: str
-    repeat: bool = False
+    path: str = Field(min_length=1, description="CSV file with columns prompt_tokens, output_tokens")
+    repeat: bool = Field(False, description="take the rows in order, over and over, instead of drawing them")
 
     def pairs(self, rng: np.random.Generator, base_dir: Path) -> Pairs:
         prompts, outputs = array("q"), array("q")

@@ -7,26 +7,23 @@ launch on one layer unless it says otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Gemm:
+class Gemm(NamedTuple):
     """``[m, k] @ [k, n]`` with weights stored in `weight_dtype` (activations 16 bit unless both sides are 8 bit)."""
 
-    kind: ClassVar[str] = "gemm"
+    kind = "gemm"
     m: int
     n: int
     k: int
     weight_dtype: str
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillAttention:
+class PrefillAttention(NamedTuple):
     """Causal attention of `new_tokens` queries over themselves and `prior_tokens` of cache, one sequence, one layer."""
 
-    kind: ClassVar[str] = "prefill_attention"
+    kind = "prefill_attention"
     new_tokens: int
     prior_tokens: int
     q_heads: int
@@ -41,8 +38,7 @@ class PrefillAttention:
         return 4.0 * self.q_heads * self.head_dim * pairs
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeAttention:
+class DecodeAttention(NamedTuple):
     """One query token per sequence over the cache, one layer.
 
     kv_slots: (token, KV head) pairs read, summed over sequences and heads, so per-head lengths need no special case.
@@ -50,7 +46,7 @@ class DecodeAttention:
     kv_format: element format of the cache ("bf16", "fp8", "int4", "kivi2", "bf16+think80", ...). layout: "paged"|"contiguous".
     """
 
-    kind: ClassVar[str] = "decode_attention"
+    kind = "decode_attention"
     batch: int
     q_heads: int
     kv_heads: int
@@ -71,52 +67,47 @@ class DecodeAttention:
         return 4.0 * self.kv_slots * self.head_dim * self.q_heads / self.kv_heads
 
 
-@dataclass(frozen=True, slots=True)
-class MixedAttention:
+class MixedAttention(NamedTuple):
     """A prefill chunk and a decode batch in one launch, one layer: not the sum of the two (serving physics, item 7)."""
 
-    kind: ClassVar[str] = "mixed_attention"
+    kind = "mixed_attention"
     prefill: PrefillAttention
     decode: DecodeAttention
 
 
-@dataclass(frozen=True, slots=True)
-class Elementwise:
+class Elementwise(NamedTuple):
     """Norms, rotary embedding, activation functions, residual additions: bound by `bytes_moved`."""
 
-    kind: ClassVar[str] = "elementwise"
+    kind = "elementwise"
     name: str
     bytes_moved: int
 
 
-@dataclass(frozen=True, slots=True)
-class Collective:
+class Collective(NamedTuple):
     """`name` is "all_reduce" or "all_gather"; message_bytes per rank over num_gpus in one node. eager: outside a CUDA graph."""
 
-    kind: ClassVar[str] = "collective"
+    kind = "collective"
     name: str
     message_bytes: int
     num_gpus: int
     eager: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """Bytes over a link: "hbm" (device to device, read and written once each) or "host" (PCIe or NVLink-C2C, one direction)."""
 
-    kind: ClassVar[str] = "copy"
+    kind = "copy"
     link: str
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyKernel:
+class PolicyKernel(NamedTuple):
     """A compression kernel (`kernels/` holds the real ones): bytes and FLOPs of `num_launches` launches together.
 
     owner: "policy", or "engine" for what an engine does to its cache whatever the policy (concatenation, beam reorder).
     """
 
-    kind: ClassVar[str] = "policy"
+    kind = "policy"
     kernel: str
     bytes_moved: float
     flops: float = 0.0
@@ -124,11 +115,10 @@ class PolicyKernel:
     owner: str = "policy"
 
 
-@dataclass(frozen=True, slots=True)
-class HostWork:
+class HostWork(NamedTuple):
     """Time on the CPU per engine step: scheduling, input preparation, sampling, output processing."""
 
-    kind: ClassVar[str] = "host"
+    kind = "host"
     engine: str
     part: str
     batch: int

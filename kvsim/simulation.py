@@ -10,12 +10,13 @@ from collections.abc import Callable, Generator
 import simpy
 
 from kvsim.batch import Sequence
-from kvsim.cost import Run, StepCosts
+from kvsim.cost import StepCosts
 from kvsim.engines.scheduler import Scheduler, Step
 from kvsim.ops import Copy
 from kvsim.policies.compose import CachePlan
 from kvsim.recording import RunLog
 from kvsim.requests import Request, RequestSource
+from kvsim.runs import Run
 from kvsim.units import PS_PER_S
 
 Progress = Callable[[int], None]

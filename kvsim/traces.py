@@ -6,16 +6,17 @@ import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from kvsim.errors import InputError
+from kvsim.frozen import Frozen
 from kvsim.requests import Request
 from kvsim.trace_files import read_rows, row_error
 from kvsim.trace_formats import FORMATS, Broken, Row
 from kvsim.units import ps, seconds
-from kvsim.workload_fields import Count, Frozen, NonNegative, Number
+from kvsim.workload_fields import Count, NonNegative, Number
 
 
 class TraceConfig(Frozen):
@@ -31,14 +32,16 @@ class TraceConfig(Frozen):
     ``hash_block_tokens`` is needed where csv or jsonl rows have prefix_hashes; mooncake's are 512.
     """
 
-    path: Annotated[str, Field(min_length=1)]
-    format: Literal["azure", "mooncake", "csv", "jsonl"]
-    start_s: NonNegative = 0.0
-    limit: Count | None = None
-    rate_scale: Annotated[Number, Field(ge=1e-6, le=1e6)] = 1.0
-    repeat: Count = 1
-    skip_invalid: bool = False
-    hash_block_tokens: Count | None = None
+    path: str = Field(min_length=1, description="the file, plain or gzipped; relative to the scenario's folder")
+    format: Literal["azure", "mooncake", "csv", "jsonl"] = Field(description="layout of the file")
+    start_s: NonNegative = Field(0.0, description="drop what arrives before it; time zero moves there")
+    limit: Count | None = Field(None, description="stop after so many requests")
+    rate_scale: Number = Field(1.0, ge=1e-6, le=1e6, description="2.0 doubles the request rate")
+    repeat: Count = Field(1, description="play the trace so many times over")
+    skip_invalid: bool = Field(False, description="leave out rows that cannot be used, with a warning")
+    hash_block_tokens: Count | None = Field(
+        None, description="tokens that one prefix hash stands for; needed where csv or jsonl rows have prefix_hashes"
+    )
 
     @model_validator(mode="after")
     def _azure_has_no_hashes(self) -> TraceConfig:

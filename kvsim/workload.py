@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from kvsim.arrivals import Arrivals, ClosedLoopArrivals
 from kvsim.errors import InputError
+from kvsim.frozen import Frozen
 from kvsim.lengths import Fixed, Lengths
 from kvsim.requests import ClosedLoop, OpenLoop, Request, RequestSource
 from kvsim.traces import Trace, TraceConfig
 from kvsim.units import ps
-from kvsim.workload_fields import Count, Frozen, NonNegativeCount, Pairs
+from kvsim.workload_fields import Count, NonNegativeCount, Pairs
 
 
 class WorkloadConfig(Frozen):
@@ -24,12 +25,12 @@ class WorkloadConfig(Frozen):
     of ``seed``: another rate leaves the lengths as they were, and more requests leave the first ones as they were.
     """
 
-    arrivals: Arrivals | None = None
-    lengths: Lengths | None = None
-    num_requests: Count | None = None
-    trace: TraceConfig | None = None
-    warmup_requests: NonNegativeCount = 0
-    seed: NonNegativeCount = 0
+    arrivals: Arrivals | None = Field(None, description="when requests arrive")
+    lengths: Lengths | None = Field(None, description="how long prompts and answers are")
+    num_requests: Count | None = Field(None, description="requests to simulate, warm-up included")
+    trace: TraceConfig | None = Field(None, description="recorded traffic, in place of the three above")
+    warmup_requests: NonNegativeCount = Field(0, description="first requests, simulated but left out of metrics")
+    seed: NonNegativeCount = Field(0, description="of the random numbers; equal seeds give equal requests")
 
     @model_validator(mode="after")
     def _one_kind_of_traffic(self) -> WorkloadConfig:

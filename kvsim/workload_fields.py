@@ -1,29 +1,17 @@
-"""What the YAML blocks of a workload share: frozen models, and numbers that are not infinite, NaN or booleans."""
+"""What the YAML blocks of a workload share: kinds of numbers and their bounds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
 MAX_TOKENS = 2**31 - 1
 """No request is longer: the bound catches timestamps and identifiers read as token counts."""
 
 
-class Frozen(BaseModel):
-    """A YAML block: immutable, unknown keys rejected."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number; try 1")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 NonNegativeCount = Annotated[int, Field(ge=0, strict=True)]
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS, strict=True)]

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kvsim.forward import num_launches_per_step
+from kvsim.frozen import Frozen
 from kvsim.model import Model
 from kvsim.ops import HostWork, Op
 from kvsim.policies.base import CacheShape
-from kvsim.profile import Profile
-from kvsim.units import PS_PER_S
 
 if TYPE_CHECKING:
     from kvsim.engines.scheduler import Scheduler
@@ -35,10 +34,8 @@ class MemoryLine(NamedTuple):
     outside: bool = False
 
 
-class Engine(BaseModel):
+class Engine(Frozen):
     """Base of every engine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kv_cache_dtype: KvCacheDtype = Field("auto", description="element type of the cache; auto: 16 bit as the activations")
     max_model_len: int | None = Field(None, gt=0, description="longest prompt + output; default: the model's context")
@@ -88,12 +85,6 @@ class Engine(BaseModel):
         batch: sequences that get a token. num_launches: kernels launched one by one where no graph is captured.
         """
         raise NotImplementedError
-
-    def host_ps(self, profile: Profile, batch: int, num_tokens: int, num_launches: int) -> tuple[int, int, int]:
-        """Picoseconds of `host_ops`."""
-        parts = self.host_ops(batch, num_tokens, num_launches)
-        before, beside, after = (round(sum(profile.answer(op).seconds for op in ops) * PS_PER_S) for ops in parts)
-        return before, beside, after
 
     def cache_ops(self, shape: CacheShape, batch: int, cache_bytes: float, num_layers: int) -> Sequence[Op]:
         """What the engine itself does to the cache in a decode step, beside attention: `cache_bytes` over those layers."""

@@ -35,12 +35,12 @@ class VllmV0(Engine):
     """vLLM with its V0 engine (up to 0.7 by default)."""
 
     kind: Literal["vllm_v0"] = "vllm_v0"
-    max_num_seqs: int = Field(256, gt=0)
+    max_num_seqs: int = Field(256, gt=0, description="most sequences in a batch")
     max_num_batched_tokens: int | None = Field(None, gt=0, description="default: max(max_model_len, 2048), as vLLM")
-    block_size_tokens: int = Field(16, gt=0)
+    block_size_tokens: int = Field(16, gt=0, description="tokens of a KV block")
     num_gpu_blocks: int | None = Field(None, gt=0, description="the engine's own number of blocks, in place of the ledger's")
     watermark_frac: float = Field(0.01, ge=0, lt=1, description="blocks that admission leaves free")
-    preemption: Literal["recompute", "swap"] = "recompute"
+    preemption: Literal["recompute", "swap"] = Field("recompute", description="what a sequence that must leave loses")
     swap_space_gib: float = Field(4.0, ge=0, description="host memory for swapped blocks; recompute where it is full")
 
     capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 257, 8))

@@ -34,9 +34,9 @@ class VllmV1(Engine):
     """vLLM with its V1 engine (0.8 and later)."""
 
     kind: Literal["vllm_v1"] = "vllm_v1"
-    max_num_seqs: int = Field(256, gt=0)
-    max_num_batched_tokens: int = Field(2048, gt=0)
-    block_size_tokens: int = Field(16, gt=0)
+    max_num_seqs: int = Field(256, gt=0, description="most sequences in a batch")
+    max_num_batched_tokens: int = Field(2048, gt=0, description="most tokens computed in a step, prompts and decodes")
+    block_size_tokens: int = Field(16, gt=0, description="tokens of a KV block")
     num_gpu_blocks: int | None = Field(None, gt=0, description="the engine's own number of blocks, in place of the ledger's")
     enable_prefix_caching: bool = Field(True, description="acts where the trace has prefix hashes")
     reserve_full_prompt: bool = Field(

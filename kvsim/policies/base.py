@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
+from kvsim.frozen import Frozen
 from kvsim.ops import Op
 from kvsim.policies.ramp import ALL, Ramp
 
@@ -65,10 +64,8 @@ class HeadGroup(NamedTuple):
     budget_frac: float = 1.0  # the policy's own weight of this group's budget, mean 1 over all pairs
 
 
-class Policy(BaseModel):
+class Policy(Frozen):
     """Base of every policy: an uncompressed cache that costs nothing extra."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dimension: ClassVar[Dimension] = "none"
     needs: ClassVar[Needs] = "nothing"

@@ -31,7 +31,9 @@ class H2O(Policy):
     )
     budget_tokens: int | None = Field(None, gt=1, description="tokens kept in each head, heavy and recent")
     heavy_frac: float = Field(0.5, ge=0, le=1, description="heavy hitters among the kept (paper: half)")
-    variant: Literal["paper", "flexgen"] = "paper"
+    variant: Literal["paper", "flexgen"] = Field(
+        "paper", description="how tokens are counted: as the paper, or as the authors' FlexGen fork"
+    )
 
     dimension: ClassVar[Dimension] = "tokens"
     needs: ClassVar[Needs] = "decode_probabilities"

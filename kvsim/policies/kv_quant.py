@@ -25,7 +25,7 @@ class KVQuant(Policy):
     """
 
     kind: Literal["kv_quant"] = "kv_quant"
-    dtype: Literal["fp8", "int8", "int4"] = "fp8"
+    dtype: Literal["fp8", "int8", "int4"] = Field("fp8", description="format of stored elements")
     scales: Literal["group", "token"] = Field(
         "group", description="int8 and int4: a scale per group, or per token and head"
     )

@@ -20,8 +20,8 @@ class StreamingLLM(Policy):
     """
 
     kind: Literal["streaming_llm"] = "streaming_llm"
-    sink_tokens: int = Field(4, ge=0)
-    window_tokens: int = Field(1020, gt=0)
+    sink_tokens: int = Field(4, ge=0, description="first tokens, always kept (paper: 4)")
+    window_tokens: int = Field(1020, gt=0, description="newest tokens kept")
 
     dimension: ClassVar = "tokens"
     moves_positions: ClassVar[bool] = True

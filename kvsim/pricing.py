@@ -1,0 +1,228 @@
+"""Ops become time here: prices in whole picoseconds, tabulated once and kept with an account of how often each was paid.
+
+A `Price` is paid as a whole; a `Curve` (kvsim/curves.py) by what a step reads. Everything is built on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from kvsim.cost_types import Chunk
+from kvsim.curves import Curve
+from kvsim.engines.base import Engine
+from kvsim.forward import head_ops, linear_ops
+from kvsim.model import Model
+from kvsim.ops import DecodeAttention, MixedAttention, Op, PolicyKernel, PrefillAttention
+from kvsim.policies.compose import CachePlan
+from kvsim.profile import Answer, Profile
+from kvsim.units import PS_PER_S
+
+ATTENTION = DecodeAttention.kind
+HOST = "host"
+_MAX_SLOTS_LOG2 = 50
+
+
+class Price:
+    """The cost of something launched again and again: its parts by Op label, and how often it was paid."""
+
+    __slots__ = ("parts", "times", "total_ps")
+
+    def __init__(self, parts: dict[str, int]) -> None:
+        self.parts, self.total_ps, self.times = parts, sum(parts.values()), 0
+
+    def pay(self) -> int:
+        self.times += 1
+        return self.total_ps
+
+
+class BatchTable:
+    """Everything that depends on the number of decoding sequences alone.
+
+    attention: a curve for each layer group, over what its attention reads. others: (scalar, curve) of the rest.
+    A step takes `host_ps + max(floor_ps, device)`.
+    """
+
+    __slots__ = ("attention", "fixed", "floor_ps", "host_ps", "others")
+
+    def __init__(
+        self, fixed: Price, attention: list[Curve], others: list[tuple[int, Curve]], host_ps: tuple[int, int, int]
+    ) -> None:
+        self.fixed, self.attention, self.others = fixed, attention, others
+        before, self.floor_ps, after = host_ps
+        self.host_ps = before + after
+
+
+class _Memo(dict[Any, Any]):
+    """A dictionary that works out what it lacks: faster than a cached method, since a hit runs no Python."""
+
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def __missing__(self, key: Any) -> Any:
+        value = self[key] = self._compute(*key) if isinstance(key, tuple) else self._compute(key)
+        return value
+
+
+def op_label(op: Op) -> str:
+    """The row of the report in which an Op's time appears."""
+    return f"{op.owner}:{op.kernel}" if isinstance(op, PolicyKernel) else op.kind
+
+
+class Prices:
+    """Prices of one policy on one engine, model and GPU, as a profile answers them.
+
+    pool_slots: (token, layer, KV head) triples that the whole block pool holds, for policies that pass over all of it.
+    hbm_share: share of HBM bandwidth that is left while a side stream runs.
+
+    Lookups: linear[num_tokens, num_sampled], prefill_policy[new, prior] and compression[prompt, prefill] are Prices;
+    prefill_attention[new, prior] is picoseconds; tables[batch] a BatchTable; single[layer_group] the attention of one sequence
+    alone; actions[policy] what a policy's action costs by slots; host[batch, tokens] picoseconds (before, beside, after).
+    """
+
+    def __init__(
+        self, model: Model, tp: int, weight_dtype: str, engine: Engine, plan: CachePlan, profile: Profile,
+        pool_slots: int, hbm_share: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.model, self.tp, self.weight_dtype, self.engine, self.plan = model, tp, weight_dtype, engine, plan
+        self.profile, self.pool_slots, self.hbm_share = profile, pool_slots, hbm_share
+        self.basis: dict[str, Answer] = {}
+        """The last answer given for each Op label: where its numbers come from."""
+        self._num_launches = engine.num_launches(model, tp)
+        self.linear = _Memo(self._linear)
+        self.prefill_policy = _Memo(self._prefill_policy)
+        self.compression = _Memo(self._compression)
+        self.prefill_attention = _Memo(self._prefill_attention)
+        self.tables = _Memo(self._table)
+        self.single = _Memo(lambda layer_group: self._attention_curve(layer_group, 1))
+        self.actions = _Memo(self._action_curve)
+        self.host = _Memo(self._host)
+        self.pool_price = Price(self._answer((1, op) for op in plan.pool_ops(pool_slots)))
+
+    def _seconds(self, op: Op, label: str) -> float:
+        answer = self.profile.answer(op, self.hbm_share)
+        self.basis[label] = answer
+        return answer.seconds
+
+    def _answer(self, ops: Iterable[tuple[int, Op]]) -> dict[str, int]:
+        """Picoseconds by label of Ops launched so many times."""
+        seconds: dict[str, float] = {}
+        for times, op in ops:
+            label = op_label(op)
+            seconds[label] = seconds.get(label, 0.0) + times * self._seconds(op, label)
+        return {label: round(value * PS_PER_S) for label, value in seconds.items()}
+
+    # -- paid as a whole ------------------------------------------------------------------------------------------
+
+    def _linear(self, num_tokens: int, num_sampled: int) -> Price:
+        """Everything but attention and policies for so many tokens, of which so many sequences are sampled."""
+        eager = not self.engine.captured(num_tokens)
+        ops = list(linear_ops(self.model, self.tp, self.weight_dtype, self.engine.padded(num_tokens), eager))
+        if num_sampled:
+            ops += head_ops(self.model, self.tp, num_sampled, eager)
+        return Price(self._answer(ops))
+
+    def _prefill_policy(self, new_tokens: int, prior_tokens: int) -> Price:
+        """What the policies launch with a prompt chunk."""
+        return Price(self._answer((1, op) for op in self.plan.prefill_ops(new_tokens, prior_tokens)))
+
+    def _compression(self, prompt_tokens: int, prefill_tokens: int) -> Price:
+        """What the policies launch when a prefill ends."""
+        return Price(self._answer((1, op) for op in self.plan.compress_ops(prompt_tokens, prefill_tokens)))
+
+    def _prefill_op(self, new_tokens: int, prior_tokens: int) -> PrefillAttention:
+        shape = self.plan.shape
+        return PrefillAttention(new_tokens, prior_tokens, shape.q_heads, shape.kv_heads, shape.head_dim, self.plan.kv_dtype)
+
+    def _prefill_attention(self, new_tokens: int, prior_tokens: int) -> int:
+        """All layers of one sequence's chunk."""
+        seconds = self._seconds(self._prefill_op(new_tokens, prior_tokens), PrefillAttention.kind)
+        return round(self.plan.shape.num_layers * seconds * PS_PER_S)
+
+    def mixed_attention(self, chunks: Sequence[Chunk], batch: int, reads: Sequence[int]) -> int:
+        """All layers of prompt chunks and a decoding batch in one launch a layer: the largest chunk mixes, others add."""
+        largest, rest_ps = chunks[0], 0
+        if len(chunks) > 1:
+            largest = max(chunks)
+            rest_ps = sum(self.prefill_attention[chunk] for chunk in chunks) - self.prefill_attention[largest]
+        prefill, seconds = self._prefill_op(largest[0], largest[1]), 0.0
+        for i, layers in enumerate(self.plan.layers_of):
+            decode = self.plan.attention(i, batch, reads[i], reads[i] / batch)
+            seconds += layers * self._seconds(MixedAttention(prefill, decode), MixedAttention.kind)
+        return round(seconds * PS_PER_S) + rest_ps
+
+    def _host(self, batch: int, num_tokens: int) -> tuple[int, int, int]:
+        parts = self.engine.host_ops(batch, num_tokens, self._num_launches)
+        before, beside, after = (round(sum(self._seconds(op, HOST) for op in ops) * PS_PER_S) for ops in parts)
+        return before, beside, after
+
+    # -- curves ---------------------------------------------------------------------------------------------------
+
+    def _table(self, batch: int) -> BatchTable:
+        plan = self.plan
+        fixed = dict(self.linear[batch, batch].parts)
+        for label, value in self.pool_price.parts.items():
+            fixed[label] = fixed.get(label, 0) + value
+        attention = [self._attention_curve(i, batch) for i in range(plan.num_layer_groups)]
+        others = []
+        for i in range(plan.num_layer_groups):
+            curve = self._cache_curve(i, batch, attention[i].knots)
+            if curve.parts:
+                others.append((i, curve))
+        if plan.slots_scalar is not None:
+            knots = [0, *(1 << k for k in range(_MAX_SLOTS_LOG2))]
+            others.append((plan.slots_scalar, self._curve(knots, lambda n: plan.step_ops(batch, n * plan.slots_unit))))
+        return BatchTable(Price(fixed), attention, others, self.host[batch, batch])
+
+    def _attention_curve(self, layer_group: int, batch: int) -> Curve:
+        """Attention over all layers of a group, by units read."""
+        plan, layers = self.plan, self.plan.layers_of[layer_group]
+        slots = self.profile.kv_knots(plan.attention(layer_group, batch, 0, 0))
+        knots = sorted({round(plan.units_of_slots(layer_group, number)) for number in slots} | {0})
+        ops = (plan.attention(layer_group, batch, units, units / batch) for units in knots)
+        return Curve(knots, {ATTENTION: [layers * self._seconds(op, ATTENTION) for op in ops]})
+
+    def _cache_curve(self, layer_group: int, batch: int, knots: Sequence[int]) -> Curve:
+        """What engine and policies run in proportion to what attention reads."""
+        plan, layers = self.plan, self.plan.layers_of[layer_group]
+
+        def ops(units: int) -> list[Op]:
+            cache_bytes = units * plan.scalar_bytes[layer_group]
+            found = list(self.engine.cache_ops(plan.shape, batch, cache_bytes, layers))
+            if plan.has_step_ops and plan.slots_scalar is None:
+                found += plan.step_ops(batch, round(units * plan.slots_per_unit))
+            return found
+
+        return self._curve(knots, ops)
+
+    def _action_curve(self, policy_index: int) -> Curve:
+        knots = [0, *(1 << k for k in range(_MAX_SLOTS_LOG2))]
+        policy, shape = self.plan.acting[policy_index], self.plan.shape
+        return self._curve(knots, lambda slots: policy.action_ops(shape, max(slots, 1)))
+
+    def _curve(self, knots: Sequence[int], ops_at: Callable[[int], Iterable[Op]]) -> Curve:
+        seconds: dict[str, list[float]] = {}
+        for i, units in enumerate(knots):
+            for op in ops_at(units):
+                label = op_label(op)
+                seconds.setdefault(label, [0.0] * len(knots))[i] += self._seconds(op, label)
+        return Curve(knots, seconds)
+
+    # -- account --------------------------------------------------------------------------------------------------
+
+    def paid(self) -> dict[str, int]:
+        """Picoseconds by Op label of everything paid by price or curve so far."""
+        times: dict[str, int] = {}
+        prices = [self.pool_price, *self.linear.values(), *self.prefill_policy.values(), *self.compression.values()]
+        curves = [*self.single.values(), *self.actions.values()]
+        for table in self.tables.values():
+            prices.append(table.fixed)
+            curves += [*table.attention, *(curve for _, curve in table.others)]
+        for price in prices:
+            for label, value in price.parts.items():
+                times[label] = times.get(label, 0) + price.times * value
+        for curve in curves:
+            for label, value in curve.times().items():
+                times[label] = times.get(label, 0) + value
+        return times
