@@ -51,7 +51,7 @@ def deploy(scenario: Scenario) -> Deployment:
     base = scenario.base_dir
     gpu, model = load_gpu(_resolve(scenario.gpu, base)), load_model(_resolve(scenario.model, base))
     engine, tp = scenario.engine, scenario.tensor_parallel
-    model.check_tp(tp)
+    model.check_tp(tp, "tensor_parallel")
     check_weight_dtype(scenario.weight_dtype)
     engine.check(model, tp)
     check_slo(scenario.slo)
@@ -86,6 +86,14 @@ def build_plan(deployment: Deployment, policies: Iterable[Policy], field: str) -
         kv_bytes_per_element(kv_dtype), engine.block_tokens,
     )  # fmt: skip
     return CachePlan(composition, shape, kv_dtype, engine.layout)
+
+
+def build_ledger(deployment: Deployment, plan: CachePlan) -> Ledger:
+    """Where one GPU's memory goes; raises DoesNotFitError."""
+    return Ledger(
+        deployment.gpu, deployment.model, deployment.tp, deployment.weight_dtype, deployment.engine, plan,
+        deployment.max_tokens, getattr(deployment.engine, "num_gpu_blocks", None),
+    )  # fmt: skip
 
 
 def simulate(scenario: Scenario, progress: SingleProgress | None = None) -> Result:
@@ -123,10 +131,7 @@ def run_policy(
 ) -> PolicyResult:
     """Simulates one policy."""
     engine, model, tp = deployment.engine, deployment.model, deployment.tp
-    ledger = Ledger(
-        deployment.gpu, model, tp, deployment.weight_dtype, engine, plan, deployment.max_tokens,
-        getattr(engine, "num_gpu_blocks", None),
-    )  # fmt: skip
+    ledger = build_ledger(deployment, plan)
     source = build_source(scenario.workload, scenario.base_dir)
     notes = [*engine.notes(), *(note for policy in plan.composition.policies for note in policy.notes())]
     pool: BlockPool = BlockPool(ledger.pool_units)
@@ -176,18 +181,20 @@ class _RequestCheck:
     def __init__(self, deployment: Deployment, plan: CachePlan, pool_units: int) -> None:
         self.max_tokens, self.plan, self.pool_units = deployment.max_tokens, plan, pool_units
         self.model = deployment.model.name
+        self.harmless_tokens = min(deployment.max_tokens, plan.tokens_that_fit(pool_units))
 
     def __call__(self, request: Request) -> None:
         tokens = request.prompt_tokens + request.output_tokens
+        if tokens <= self.harmless_tokens:
+            return
         if tokens > self.max_tokens:
             raise InputError(
                 f"workload: request {request.index}: prompt + output tokens", tokens,
                 f"must be at most {self.max_tokens}, the context of {self.model} or engine.max_model_len",
                 "shorten it, raise max_model_len, or choose a model with a longer context",
             )  # fmt: skip
-        if self.plan.prefill_units(tokens) > self.pool_units:
-            field = f"workload: request {request.index}: prompt tokens"
-            check_fits(self.plan, self.pool_units, field, request.prompt_tokens, request.output_tokens)
+        field = f"workload: request {request.index}: prompt tokens"
+        check_fits(self.plan, self.pool_units, field, request.prompt_tokens, request.output_tokens)
 
 
 def _kv_bytes_per_sequence(log: RunLog, unit_bytes: int) -> float:
@@ -230,4 +237,4 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
-__all__ = ["Deployment", "Summary", "build_plan", "deploy", "run_policy", "simulate"]
+__all__ = ["Deployment", "Summary", "build_ledger", "build_plan", "deploy", "run_policy", "simulate"]

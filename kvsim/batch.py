@@ -84,6 +84,8 @@ class DecodeBatch:
         self.need = [0] * self._block  # units that sequences take in steps of that residue
         self.need_total = 0
         self.num_shrinking = 0
+        self._lane_units, self._window_units = plan.lane_units, plan.window_units
+        self._layer_groups = range(plan.num_layer_groups)
         self.period = 0
         self.teeth: list[int] = []  # sequences at phase 0 in steps of that residue
         self.tooth_actions: list[list[int]] = []  # slots handled in steps of that residue, by policy
@@ -96,19 +98,19 @@ class DecodeBatch:
 
     def join(self, sequence: Sequence, steps_done: int = 0) -> int:
         """A sequence starts to decode, or comes back after `steps_done` steps; returns the units it holds from now on."""
-        sequence.decode_start = self.step - steps_done
-        sequence.join_step = self.step
-        sequence.finish_step = self.step + sequence.output_tokens - sequence.generated
+        step = self.step
+        sequence.decode_start = step - steps_done
+        sequence.join_step = step
+        sequence.finish_step = step + sequence.output_tokens - sequence.generated
         self.members[sequence] = None
         self.size += 1
         segment = self.plan.segment(sequence.prompt_tokens, sequence.prefill_tokens, steps_done + 1)
         self._enter(sequence, segment)
-        return self.plan.lane_held(segment.tokens, segment.d_tokens, 0)
+        return segment.held_units
 
     def leave(self, sequence: Sequence) -> int:
         """Takes a sequence out; returns the units it held."""
-        held = self.held(sequence)
-        self._exit(sequence)
+        held = self._exit(sequence)
         sequence.generated += self.step - sequence.join_step
         sequence.event = -1
         del self.members[sequence]
@@ -119,38 +121,43 @@ class DecodeBatch:
         return held
 
     def held(self, sequence: Sequence) -> int:
+        """Pool units that a member holds."""
         segment = sequence.segment
         assert segment is not None
         return self.plan.lane_held(segment.tokens, segment.d_tokens, self.step - sequence.segment_start)
 
     def turn(self, sequence: Sequence) -> int:
         """The sequence's segment has ended and the next begins; returns the change of the units it holds (never above 0)."""
-        before = self.held(sequence)
-        self._exit(sequence)
+        before = self._exit(sequence)
         step = self.step - sequence.decode_start + 1
         segment = self.plan.segment(sequence.prompt_tokens, sequence.prefill_tokens, step)
         self._enter(sequence, segment)
-        return self.plan.lane_held(segment.tokens, segment.d_tokens, 0) - before
+        return segment.held_units - before
 
     def _enter(self, sequence: Sequence, segment: Segment) -> None:
-        step, size = self.step, self._block
+        step = self.step
         sequence.segment, sequence.segment_start = segment, step
-        steps = min(segment.steps, sequence.finish_step - step)
+        last = sequence.finish_step - step
+        steps = segment.steps if segment.steps < last else last
+        read, growth, d_read = self.read, self.growth, segment.d_read
         for i, value in enumerate(segment.read):
-            self.read[i] += value
-            self.growth[i] += segment.d_read[i]
-        for i, value in enumerate(segment.longest):
-            if i == len(self.longest_bound):
-                break
-            end = value + segment.d_longest[i] * (steps - 1)
-            if end > self.longest_bound[i]:
-                self.longest_bound[i] = end
-        for units, tokens, slope in zip(self.plan.lane_units, segment.tokens, segment.d_tokens, strict=True):
+            read[i] += value
+            growth[i] += d_read[i]
+        bounds, longest, d_longest = self.longest_bound, segment.longest, segment.d_longest
+        for i in self._layer_groups:
+            end = longest[i] + d_longest[i] * (steps - 1)
+            if end > bounds[i]:
+                bounds[i] = end
+        need, size = self.need, self._block
+        tokens = segment.tokens
+        for lane, slope in enumerate(segment.d_tokens):
             if slope == 1:  # a block is taken in the step that begins it
-                self.need[(step + 2 - tokens) % size] += units
+                units = self._lane_units[lane]
+                need[(step + 2 - tokens[lane]) % size] += units
                 self.need_total += units
             elif slope:
-                self.need[(step + 1 + tokens) % size] -= units
+                units = self._lane_units[lane]
+                need[(step + 1 + tokens[lane]) % size] -= units
                 self.need_total -= units
                 self.num_shrinking += 1
         if segment.period:
@@ -159,30 +166,41 @@ class DecodeBatch:
             self.acting = True
             for i, slots in enumerate(segment.actions):
                 self.actions[i] += slots
-        sequence.event = next(self._ids)
-        heappush(self.events, (step + steps, sequence.event, sequence))
+        event = sequence.event = next(self._ids)
+        heappush(self.events, (step + steps, event, sequence))
 
-    def _exit(self, sequence: Sequence) -> None:
-        segment, start, size = sequence.segment, sequence.segment_start, self._block
+    def _exit(self, sequence: Sequence) -> int:
+        """Undoes `_enter` at the present step; returns the units held until now."""
+        segment, start = sequence.segment, sequence.segment_start
         assert segment is not None
         done = self.step - start
+        read, growth, d_read = self.read, self.growth, segment.d_read
         for i, value in enumerate(segment.read):
-            self.read[i] -= value + segment.d_read[i] * done
-            self.growth[i] -= segment.d_read[i]
-        for units, tokens, slope in zip(self.plan.lane_units, segment.tokens, segment.d_tokens, strict=True):
+            slope = d_read[i]
+            read[i] -= value + slope * done
+            growth[i] -= slope
+        need, size = self.need, self._block
+        held, tokens = self._window_units, segment.tokens
+        for lane, slope in enumerate(segment.d_tokens):
+            units, start_tokens = self._lane_units[lane], tokens[lane]
             if slope == 1:
-                self.need[(start + 2 - tokens) % size] -= units
+                need[(start + 2 - start_tokens) % size] -= units
                 self.need_total -= units
+                held += units * -((1 - done - start_tokens) // size)
             elif slope:
-                self.need[(start + 1 + tokens) % size] += units
+                need[(start + 1 + start_tokens) % size] += units
                 self.need_total += units
                 self.num_shrinking -= 1
+                held += units * -((done - 1 - start_tokens) // size)
+            else:
+                held += units * -(-start_tokens // size)
         if segment.period:
             self._tooth(segment, start, -1)
-        elif segment.actions is not None and not done:  # leaves before the step in which it would have acted
+        elif not done and segment.actions is not None:  # leaves before the step in which it would have acted
             for i, slots in enumerate(segment.actions):
                 self.actions[i] -= slots
             self.acting = any(self.actions)
+        return held
 
     def _tooth(self, segment: Segment, start: int, sign: int) -> None:
         if segment.period != self.period:
@@ -198,16 +216,20 @@ class DecodeBatch:
 
     # -- time -----------------------------------------------------------------------------------------------------
 
+    def next_units(self) -> int:
+        """Pool units that the next step takes, net of what shrinking lanes give back."""
+        return self.need[(self.step + 1) % self._block]
+
     def units_needed(self, steps: int) -> int:
         """Pool units that the next `steps` steps take, net of what shrinking lanes give back."""
-        size, start = self._block, self.step + 1
-        cycles, rest = divmod(steps, size)
-        first = start % size
-        last = first + rest
-        taken = sum(self.need[first:last])
+        need, size = self.need, self._block
+        cycles = steps // size
+        taken = cycles * self.need_total
+        first = (self.step + 1) % size
+        last = first + steps - cycles * size
         if last > size:
-            taken += sum(self.need[: last - size])
-        return cycles * self.need_total + taken
+            return taken + sum(need[first:]) + sum(need[: last - size])
+        return taken + sum(need[first:last])
 
     def steps_within(self, free_units: int, max_steps: int) -> int:
         """How many of the next `max_steps` steps the pool can feed with `free_units`."""
@@ -238,16 +260,18 @@ class DecodeBatch:
     def advance(self, steps: int) -> None:
         """`steps` steps have been run."""
         self.step += steps
+        read = self.read
         for i, growth in enumerate(self.growth):
-            self.read[i] += steps * growth
+            if growth:
+                read[i] += steps * growth
         if self.acting:
             self.acting = False
             self.actions = [0] * len(self.actions)
 
     def pop_events(self) -> list[Sequence]:
         """Sequences that finish or turn after the step just run, in the order they entered."""
-        events, due = self.events, []
-        while events and events[0][0] <= self.step:
+        events, step, due = self.events, self.step, []
+        while events and events[0][0] <= step:
             _, event, sequence = heappop(events)
             if sequence.event == event:
                 due.append(sequence)

@@ -12,14 +12,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kvsim.errors import InputError
+from kvsim.yaml_text import parse_yaml
 
 DATA = Path(__file__).parent / "data"
 USER_SOURCE = "user file"
-
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def names(folder: str) -> list[str]:
@@ -47,30 +44,23 @@ def unknown_name(field: str, name: str, known: Iterable[str], listing: str) -> I
     return InputError(field, name, "is not in the catalogue", fix)
 
 
-def read_text(field: str, path: Path) -> str:
-    """Text of a user's file, or an InputError that says why not."""
+def read_text(field: str, path: Path, fix: str = "give a catalogue name or the path of a file") -> str:
+    """Text of a user's file, or an InputError that says why not; fix: what to give instead."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(field, str(path), "does not exist", "give a catalogue name or the path of a file") from None
+        raise InputError(field, str(path), "does not exist", fix) from None
     except IsADirectoryError:
-        raise InputError(field, str(path), "is a folder", "give the path of a file") from None
+        raise InputError(field, str(path), "is a folder", fix) from None
     except UnicodeDecodeError:
-        raise InputError(field, str(path), "is not UTF-8 text") from None
+        raise InputError(field, str(path), "must be UTF-8 text", fix) from None
     except OSError as error:
-        raise InputError(field, str(path), f"cannot be read ({error.strerror or error})") from None
+        raise InputError(field, str(path), f"cannot be read ({error.strerror or error})", fix) from None
 
 
 def read_yaml(field: str, path: Path) -> dict[str, Any]:
     """A YAML file whose top level is a mapping."""
-    text = read_text(field, path)
-    try:
-        content = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "syntax error"
-        raise InputError(field, str(path), f"is not valid YAML{where}: {problem}") from None
+    content = parse_yaml(field, read_text(field, path), str(path))
     if not isinstance(content, dict):
         raise InputError(field, str(path), "must hold a mapping (key: value lines)")
     return content
@@ -185,7 +175,8 @@ class Fields:
 def positive_number(field: str, value: object) -> float:
     """A finite number > 0, else InputError (true and false are no numbers)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(field, value, "must be a number")
+        fix = "write it without a unit, which is in the key's name" if isinstance(value, str) else ""
+        raise InputError(field, value, "must be a number", fix)
     if not math.isfinite(value) or value <= 0:
         raise InputError(field, value, "must be a finite number > 0")
     return float(value)

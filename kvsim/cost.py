@@ -89,8 +89,10 @@ class StepCosts(Prices):
             table = self.tables[decodes]
             if table.others:
                 total += self._others_ps(table, reads)
-            total += self._actions_ps(state.action_slots())
-            value = self.mixed_attention(chunks, decodes, reads)
+            slots = state.action_slots()
+            if slots is not None:
+                total += self._actions_ps(slots)
+            value = self.mixed_attention(chunks, table, reads)
             self.mixed_ps += value
         else:
             value = 0

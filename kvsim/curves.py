@@ -21,7 +21,7 @@ class Curve:
     __slots__ = ("count", "knots", "ms", "offset", "parts", "xs", "ys")
 
     def __init__(self, knots: Sequence[int], seconds: Mapping[str, Sequence[float]]) -> None:
-        """knots: ascending, from 0. seconds: for each label, its value at every knot; falls (noise in a table) are flattened."""
+        """knots: ascending, from 0. seconds: for each label, its values at the knots; where they fall (noise) they are held."""
         self.knots = knots
         self.xs: list[int] = [*knots[:-1], _BEYOND]
         self.parts: dict[str, tuple[list[int], list[int]]] = {}

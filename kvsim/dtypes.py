@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 from kvsim.errors import InputError
 
-WEIGHT_DTYPES = ("fp16", "bf16", "fp8", "int8", "int4")
+WeightDtype = Literal["fp16", "bf16", "fp8", "int8", "int4"]
+WEIGHT_DTYPES: tuple[str, ...] = get_args(WeightDtype)
 INT4_GROUP_SIZE = 128
 """Inputs that share a scale and a zero: AWQ (arXiv:2306.00978, section 5) and the usual GPTQ release."""
 BYTES_16_BIT = 2

@@ -118,14 +118,14 @@ class Model:
         """The tensor-parallel sizes that this model can be split into."""
         return [tp for tp in range(1, MAX_TP + 1) if self.num_q_heads % tp == 0]
 
-    def check_tp(self, tp: int) -> None:
+    def check_tp(self, tp: int, field: str = "tp") -> None:
         """InputError unless ``tp`` is a whole number from 1 to 8 that divides the query heads."""
         if isinstance(tp, bool) or not isinstance(tp, int) or not 1 <= tp <= MAX_TP:
-            raise InputError("tp", tp, f"must be a whole number from 1 to {MAX_TP}")
+            raise InputError(field, tp, f"must be a whole number from 1 to {MAX_TP}")
         if self.num_q_heads % tp:
             works = ", ".join(map(str, self.valid_tps()))
             rule = f"must divide the {self.num_q_heads} query heads of {self.name}"
-            raise InputError("tp", tp, rule, f"use one of {works}")
+            raise InputError(field, tp, rule, f"use one of {works}")
 
     def gemms(self, tp: int = 1) -> tuple[Gemm, ...]:
         """The weight matrices of one layer on one GPU, in order of use; gate and up are one, as engines fuse them."""

@@ -12,6 +12,9 @@ from kvsim.batch import Sequence
 class BlockPool:
     """A pool of units that nobody shares."""
 
+    shares = False
+    """Whether what has been computed must be told to `computed`."""
+
     def __init__(self, capacity_units: int) -> None:
         self.capacity_units = capacity_units
         self.free_units = capacity_units
@@ -40,12 +43,12 @@ class BlockPool:
         """Prompt tokens whose KV is in the pool already, of those that a hit may cover."""
         return 0
 
-    def units_to_admit(self, sequence: Sequence, hit_tokens: int, units: int) -> int:
-        """Free units that a sequence of `units` takes when so many tokens hit."""
+    def units_to_admit(self, sequence: Sequence, units: int) -> int:
+        """Free units that a sequence of `units` takes, given what hits."""
         return units
 
-    def admit(self, sequence: Sequence, hit_tokens: int) -> None:
-        """The sequence now holds the blocks that its hit covers."""
+    def admit(self, sequence: Sequence) -> None:
+        """The sequence now holds the blocks that hit."""
 
     def computed(self, sequence: Sequence) -> None:
         """The sequence's prompt has been computed up to `computed_tokens`."""
@@ -59,9 +62,11 @@ class PrefixPool(BlockPool):
     """Blocks are reference-counted; those that nobody uses stay findable until their turn to be reused comes.
 
     As in vLLM v1: free blocks wait in one queue, least recently freed first, whether they hold a known prefix or not; a
-    sequence frees its last block first. A hit covers whole blocks, never the last prompt token, and only what had been computed by
-    the end of an earlier step. Where two sequences compute the same block at once, one copy is findable. One unit is one block.
+    sequence frees its last block first. A hit covers whole blocks, never the last prompt token, and only what had been
+    computed by the end of an earlier step. Where two sequences compute the same block at once, one copy is findable. One unit is one block.
     """
+
+    shares = True
 
     def __init__(self, capacity_units: int, block_size_tokens: int, hash_block_tokens: int) -> None:
         super().__init__(capacity_units)
@@ -107,12 +112,12 @@ class PrefixPool(BlockPool):
     def match(self, sequence: Sequence) -> int:
         return len(self._hits(sequence)) * self.block_size
 
-    def units_to_admit(self, sequence: Sequence, hit_tokens: int, units: int) -> int:
+    def units_to_admit(self, sequence: Sequence, units: int) -> int:
         # Hits that wait in the queue leave it, so only those in use come for nothing.
-        return units - sum(key in self._refs for key in self._hits(sequence)) if hit_tokens else units
+        return units - sum(key in self._refs for key in self._hits(sequence))
 
-    def admit(self, sequence: Sequence, hit_tokens: int) -> None:
-        sequence.shared_blocks = self._hits(sequence) if hit_tokens else []
+    def admit(self, sequence: Sequence) -> None:
+        sequence.shared_blocks = self._hits(sequence)
         sequence.known_blocks = len(sequence.shared_blocks)
         for key in sequence.shared_blocks:
             if key in self._refs:
@@ -139,3 +144,4 @@ class PrefixPool(BlockPool):
                 self._queue[key] = 1
                 super().give(1)
         sequence.shared_blocks = []
+        sequence.known_blocks = 0

@@ -5,6 +5,7 @@ A `Price` is paid as a whole; a `Curve` (kvsim/curves.py) by what a step reads. 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,15 +41,19 @@ class BatchTable:
     """Everything that depends on the number of decoding sequences alone.
 
     attention: a curve for each layer group, over what its attention reads. others: (scalar, curve) of the rest.
+    mixed: attention beside a prompt chunk, by (chunk, layer group, cell of its curve): value at the cell's start, and slope.
     A step takes `host_ps + max(floor_ps, device)`.
     """
 
-    __slots__ = ("attention", "fixed", "floor_ps", "host_ps", "others")
+    __slots__ = ("attention", "batch", "curves", "fixed", "floor_ps", "host_ps", "mixed", "others")
 
     def __init__(
-        self, fixed: Price, attention: list[Curve], others: list[tuple[int, Curve]], host_ps: tuple[int, int, int]
-    ) -> None:
-        self.fixed, self.attention, self.others = fixed, attention, others
+        self, batch: int, fixed: Price, attention: list[Curve], others: list[tuple[int, Curve]],
+        host_ps: tuple[int, int, int],
+    ) -> None:  # fmt: skip
+        self.batch, self.fixed, self.attention, self.others = batch, fixed, attention, others
+        self.mixed: dict[tuple[Chunk, int, int], tuple[int, int]] = {}
+        self.curves = [*enumerate(attention), *others]
         before, self.floor_ps, after = host_ps
         self.host_ps = before + after
 
@@ -94,8 +99,10 @@ class Prices:
         self.prefill_policy = _Memo(self._prefill_policy)
         self.compression = _Memo(self._compression)
         self.prefill_attention = _Memo(self._prefill_attention)
+        self._prefill_ops = _Memo(self._prefill_op)
         self.tables = _Memo(self._table)
         self.single = _Memo(lambda layer_group: self._attention_curve(layer_group, 1))
+        self.alone_ps: list[dict[int, int]] = [{} for _ in plan.layers_of]  # values of single[layer_group] looked up already
         self.actions = _Memo(self._action_curve)
         self.host = _Memo(self._host)
         self.pool_price = Price(self._answer((1, op) for op in plan.pool_ops(pool_slots)))
@@ -137,20 +144,35 @@ class Prices:
 
     def _prefill_attention(self, new_tokens: int, prior_tokens: int) -> int:
         """All layers of one sequence's chunk."""
-        seconds = self._seconds(self._prefill_op(new_tokens, prior_tokens), PrefillAttention.kind)
+        seconds = self._seconds(self._prefill_ops[new_tokens, prior_tokens], PrefillAttention.kind)
         return round(self.plan.shape.num_layers * seconds * PS_PER_S)
 
-    def mixed_attention(self, chunks: Sequence[Chunk], batch: int, reads: Sequence[int]) -> int:
+    def mixed_attention(self, chunks: Sequence[Chunk], table: BatchTable, reads: Sequence[int]) -> int:
         """All layers of prompt chunks and a decoding batch in one launch a layer: the largest chunk mixes, others add."""
-        largest, rest_ps = chunks[0], 0
+        largest, total = chunks[0], 0
         if len(chunks) > 1:
             largest = max(chunks)
-            rest_ps = sum(self.prefill_attention[chunk] for chunk in chunks) - self.prefill_attention[largest]
-        prefill, seconds = self._prefill_op(largest[0], largest[1]), 0.0
-        for i, layers in enumerate(self.plan.layers_of):
-            decode = self.plan.attention(i, batch, reads[i], reads[i] / batch)
-            seconds += layers * self._seconds(MixedAttention(prefill, decode), MixedAttention.kind)
-        return round(seconds * PS_PER_S) + rest_ps
+            total = sum(self.prefill_attention[chunk] for chunk in chunks) - self.prefill_attention[largest]
+        cells = table.mixed
+        for i, curve in enumerate(table.attention):
+            x, xs = reads[i], curve.xs
+            cell = bisect_right(xs, x) - 1
+            line = cells.get((largest, i, cell))
+            if line is None:
+                line = cells[largest, i, cell] = self._mixed_line(largest, i, table, cell)
+            total += line[0] + line[1] * (x - xs[cell])
+        return total
+
+    def _mixed_line(self, chunk: Chunk, layer_group: int, table: BatchTable, cell: int) -> tuple[int, int]:
+        """(value at the cell's first knot, slope) of a chunk's attention beside a decoding batch, over a layer group."""
+        plan, layers, batch = self.plan, self.plan.layers_of[layer_group], table.batch
+        knots = table.attention[layer_group].knots[cell : cell + 2]
+        prefill = self._prefill_ops[chunk]
+        first, last = (
+            round(layers * self._seconds(MixedAttention(prefill, decode), MixedAttention.kind) * PS_PER_S)
+            for decode in (plan.attention(layer_group, batch, units, units / batch) for units in knots)
+        )
+        return first, max(0, last - first) // (knots[1] - knots[0])
 
     def _host(self, batch: int, num_tokens: int) -> tuple[int, int, int]:
         parts = self.engine.host_ops(batch, num_tokens, self._num_launches)
@@ -173,7 +195,7 @@ class Prices:
         if plan.slots_scalar is not None:
             knots = [0, *(1 << k for k in range(_MAX_SLOTS_LOG2))]
             others.append((plan.slots_scalar, self._curve(knots, lambda n: plan.step_ops(batch, n * plan.slots_unit))))
-        return BatchTable(Price(fixed), attention, others, self.host[batch, batch])
+        return BatchTable(batch, Price(fixed), attention, others, self.host[batch, batch])
 
     def _attention_curve(self, layer_group: int, batch: int) -> Curve:
         """Attention over all layers of a group, by units read."""

@@ -56,34 +56,39 @@ def decode_run(costs: StepCosts, batch: DecodeBatch, limit_ps: int | None, max_s
 
 def _may_be_skewed(costs: StepCosts, batch: DecodeBatch, table: BatchTable) -> bool:
     """False where even the longest sequence at its end costs less alone than the batch does now."""
-    read, bounds = batch.read, batch.longest_bound
-    return any(costs.single[i](bounds[i]) > curve(read[i]) for i, curve in enumerate(table.attention))
+    for i, curve in enumerate(table.attention):
+        bound = batch.longest_bound[i]
+        alone = costs.alone_ps[i].get(bound)
+        if alone is None:
+            alone = costs.alone_ps[i][bound] = costs.single[i](bound)
+        if alone > curve(batch.read[i]):
+            return True
+    return False
 
 
 def _straight(
     costs: StepCosts, batch: DecodeBatch, table: BatchTable, limit: int, max_steps: int,
     done: int, elapsed: int, pieces: list[Piece],
 ) -> Run:  # fmt: skip
-    fixed_ps, floor_ps, host_ps = table.fixed.total_ps, table.floor_ps, table.host_ps
-    read, growth = batch.read, batch.growth
+    floor_ps, host_ps = table.floor_ps, table.host_ps
     first_of_run, time_before = done, elapsed
-    curves = [*enumerate(table.attention), *table.others]
     while done < max_steps:
-        steps, first, slope = max_steps - done, fixed_ps, 0
+        steps, first, slope = max_steps - done, table.fixed.total_ps, 0
         cells = []
-        for i, curve in curves:
-            d = growth[i]
-            x = read[i] + d * done
+        for i, curve in table.curves:
+            d = batch.growth[i]
+            x = batch.read[i] + d * done
             xs = curve.xs
             cell = bisect_right(xs, x) - 1
-            x -= xs[cell]
-            first += curve.ys[cell] + curve.ms[cell] * x
+            m = curve.ms[cell]
+            inside = x - xs[cell]
+            first += curve.ys[cell] + m * inside
             if d:
-                slope += curve.ms[cell] * d
-                room = -((x - xs[cell + 1] + xs[cell]) // d)  # steps that begin inside the cell
+                slope += m * d
+                room = -((x - xs[cell + 1]) // d)  # steps that begin inside the cell
                 if room < steps:
                     steps = room
-            cells.append((curve, cell, x, d))
+            cells.append((curve, cell, inside, d))
         if first < floor_ps:
             if slope and first + slope * (steps - 1) > floor_ps:
                 steps = -((first - floor_ps) // slope)  # the steps that stay below what the host takes
@@ -95,9 +100,9 @@ def _straight(
         triangle = steps * (steps - 1) // 2
         elapsed += steps * first + slope * triangle
         done += steps
-        for curve, cell, x, d in cells:
+        for curve, cell, inside, d in cells:
             curve.count[cell] += steps
-            curve.offset[cell] += steps * x + d * triangle
+            curve.offset[cell] += steps * inside + d * triangle
         if elapsed >= limit:
             break
     table.fixed.times += done - first_of_run

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
+from kvsim.catalogue import read_text
+from kvsim.dtypes import WeightDtype
 from kvsim.engines import ENGINES, Engine
 from kvsim.errors import InputError
+from kvsim.frozen import Frozen
 from kvsim.policies import POLICIES, Policy
+from kvsim.scenario_errors import input_error
 from kvsim.workload import WorkloadConfig
+from kvsim.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     AnyPolicy = Policy
@@ -25,21 +30,19 @@ else:
     AnyEngine = Annotated[reduce(or_, ENGINES), Field(discriminator="kind")]
 
 
-class Scenario(BaseModel):
+class Scenario(Frozen):
     """Everything a simulation depends on. Paths inside are relative to `base_dir`, the folder of the scenario's file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field("", description="title of the report")
     gpu: str = Field(description="name in the catalogue (kvsim list gpus) or path of a GPU YAML")
     model: str = Field(description="name in the catalogue (kvsim list models), YAML, or a Hugging Face config.json")
     tensor_parallel: int = Field(1, ge=1, le=8, description="GPUs that share each layer")
-    weight_dtype: str = Field("bf16", description="fp16, bf16, fp8, int8 or int4")
+    weight_dtype: WeightDtype = Field("bf16", description="format of the layers' matrices")
     profile: str = Field("datasheet", description="what answers Ops with seconds")
     engine: AnyEngine = Field(description="the serving engine and its settings")
     workload: WorkloadConfig = Field(description="traffic")
     policies: dict[str, list[AnyPolicy]] = Field(description="compositions of policies to compare, by name")
-    slo: dict[str, float] = Field(default_factory=dict, description="latency limits such as ttft_p99_s: 2.0")
+    slo: dict[str, float] = Field({}, description="latency limits such as ttft_p99_s: 2.0")
     base_dir: Path = Field(Path(), exclude=True)
 
     @field_validator("policies")
@@ -57,149 +60,86 @@ class Scenario(BaseModel):
         return value
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Safe YAML that refuses a key given twice, which plain YAML would silently overwrite."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def load_scenario(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Scenario:
     """Reads and validates a scenario file. overrides: dotted fields and their values, as ``kvsim run --set`` gives them.
 
     Raises InputError for a missing or unreadable file, YAML that is none, unknown keys and values out of range.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError("scenario", str(path), "does not exist", "give the path of a scenario YAML") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("scenario", str(path), f"cannot be read: {error}") from None
-    try:
-        data = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError("scenario", where, f"is not valid YAML: {problem}") from None
+    data = parse_yaml("scenario", read_text("scenario", path, "give the path of a scenario YAML"), str(path))
     if not isinstance(data, dict):
-        raise InputError("scenario", str(path), "must be a mapping of fields such as gpu, model, engine, workload, policies")
+        rule = "must hold a mapping" if data is not None else "must not be empty"
+        raise InputError("scenario", str(path), rule, "it needs the fields gpu, model, engine, workload and policies")
     for dotted, value in (overrides or {}).items():
         _override(data, dotted, value)
     return parse_scenario(data, path.parent)
 
 
 def parse_scenario(data: Mapping[str, Any], base_dir: Path = Path()) -> Scenario:
-    """Validates a scenario given as plain data."""
+    """Validates a scenario given as plain data. Raises InputError."""
+    if "base_dir" in data:
+        raise InputError("base_dir", None, "is not a known field", "paths start from the folder of the scenario's file")
     try:
         return Scenario.model_validate({**data, "base_dir": base_dir})
     except ValidationError as error:
-        raise _as_input_error(error) from None
+        raise input_error(error, Scenario, data) from None
 
 
-def _override(data: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for key in parents:
-        data = data.setdefault(key, {})
-        if not isinstance(data, dict):
-            raise InputError(dotted, value, f"cannot be set: {key} is not a mapping")
-    data[last] = value
+def select_policies(scenario: Scenario, names: Sequence[str]) -> Scenario:
+    """The scenario with some of its policies only, in its own order. Raises InputError for a name that it does not have."""
+    for name in names:
+        if name not in scenario.policies:
+            close = get_close_matches(name, list(scenario.policies), n=1)
+            fix = f"did you mean {close[0]}?" if close else f"it has {', '.join(scenario.policies)}"
+            raise InputError("--policy", name, "must be one of the scenario's policies", fix)
+    kept = {name: policies for name, policies in scenario.policies.items() if name in names}
+    return scenario.model_copy(update={"policies": kept})
 
 
-# -- pydantic's errors as one line of ours -------------------------------------------------------------------------
-
-_RULES = {
-    "greater_than": "must be > {gt}",
-    "greater_than_equal": "must be >= {ge}",
-    "less_than": "must be < {lt}",
-    "less_than_equal": "must be <= {le}",
-    "finite_number": "must be a finite number",
-    "int_from_float": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_type": "must be a whole number",
-    "float_parsing": "must be a number without a unit; the unit is in the field's name",
-    "float_type": "must be a number",
-    "bool_parsing": "must be true or false",
-    "bool_type": "must be true or false",
-    "string_type": "must be text",
-    "dict_type": "must be a mapping",
-    "list_type": "must be a list",
-    "model_type": "must be a mapping of fields",
-    "model_attributes_type": "must be a mapping of fields",
-    "literal_error": "must be {expected}",
-    "missing": "is missing",
-}
+def _override(data: dict[Any, Any], dotted: str, value: Any) -> None:
+    """Sets one field, such as ``policies.snapkv[0].budget_tokens``; mappings on the way are made where there are none."""
+    block: Any = data
+    parts = _parts(dotted, data)
+    for depth, part in enumerate(parts):
+        here = _path(parts[:depth]) or "the scenario"
+        last = depth == len(parts) - 1
+        if isinstance(part, int):
+            if not isinstance(block, list) or part >= len(block):
+                has = f"a list of {len(block)}" if isinstance(block, list) else "no list"
+                raise InputError(f"--set {dotted}", value, f"must name an item that is there; {here} is {has}")
+        elif not isinstance(block, dict):
+            raise InputError(f"--set {dotted}", value, f"must name a field of a mapping; {here} is none", "set that as a whole")
+        if last:
+            block[part] = value
+        else:
+            if isinstance(part, str) and block.get(part) is None:
+                block[part] = {}
+            block = block[part]
 
 
-def _as_input_error(error: ValidationError) -> InputError:
-    """The first problem, with what it would take, and how many more there are."""
-    problems = error.errors(include_url=False)
-    # An unknown key is most often the cause of what else is wrong.
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    kind, context = problem["type"], problem.get("ctx", {})
-    location = [str(part) for part in problem["loc"]]
-    field = ".".join(part for part in location if not _is_tag(part, location))
-    value = problem.get("input")
-    fix = ""
-    if kind == "extra_forbidden":
-        rule, close = "is not a known field", get_close_matches(location[-1], _fields_beside(location), n=1)
-        fix = f"did you mean {close[0]}?" if close else "known here: " + ", ".join(sorted(_fields_beside(location)))
-        value = None
-    elif kind in ("union_tag_invalid", "union_tag_not_found"):
-        expected = str(context.get("expected_tags", "")).replace("'", "") or _kinds(location)
-        given = value.get("kind") if isinstance(value, dict) else value
-        field, value = f"{field}.kind", given
-        rule = "is not known" if kind == "union_tag_invalid" else "is missing"
-        close = get_close_matches(str(given), expected.split(", "), n=1)
-        fix = f"did you mean {close[0]}?" if close else f"use one of {expected}"
-    elif kind == "value_error":
-        text = str(context.get("error", problem["msg"]))
-        rule, _, fix = text.partition("; ")
-        if isinstance(value, dict | BaseModel):
-            value = None
-    elif kind == "missing":
-        rule, value = _RULES[kind], None
-    else:
-        rule = _RULES.get(kind, problem["msg"]).format(**context)
-        if kind == "literal_error":
-            options = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
-            close = get_close_matches(str(value), options, n=1)
-            fix = f"did you mean {close[0]}?" if close else ""
-    if len(problems) > 1:
-        fix = (fix + "; " if fix else "") + f"{len(problems) - 1} more problem{'s' if len(problems) > 2 else ''} after this"
-    return InputError(field or "scenario", value, rule, fix)
+def _parts(dotted: str, data: Any) -> list[str | int]:
+    """Keys and list places; names that hold dots themselves (``llama-3.1``) are found by looking at the data."""
+    parts: list[str | int] = []
+    rest = dotted
+    while rest:
+        names = [key for key in data if isinstance(key, str) and _begins(rest, key)] if isinstance(data, dict) else []
+        name = max(names, key=len, default="") or re.split(r"[.\[]", rest, maxsplit=1)[0]
+        parts.append(name)
+        data, rest = data.get(name) if isinstance(data, dict) else None, rest[len(name) :]
+        while match := re.match(r"\[(\d{1,6})\]", rest):
+            place = int(match[1])
+            parts.append(place)
+            data = data[place] if isinstance(data, list) and place < len(data) else None
+            rest = rest[match.end() :]
+        if not name or (rest and not re.match(r"\.[^.\[]", rest)):
+            raise InputError("--set", dotted, "must be a dotted field", "try engine.max_num_seqs=64")
+        rest = rest[1:]
+    return parts
 
 
-def _kinds(location: list[str]) -> str:
-    options: tuple[type[BaseModel], ...] = POLICIES if location[0] == "policies" else ENGINES
-    return ", ".join(str(option.model_fields["kind"].default) for option in options)
+def _begins(dotted: str, key: str) -> bool:
+    return bool(key) and dotted.startswith(key) and dotted[len(key) : len(key) + 1] in ("", ".", "[")
 
 
-def _is_tag(part: str, location: list[str]) -> bool:
-    """Whether a part of pydantic's location names a union's alternative rather than a field."""
-    place = location.index(part)
-    if location[0] == "policies":
-        return place >= 3 and part in _kinds(location).split(", ")
-    return place >= 1 and location[0] == "engine" and part in _kinds(location).split(", ")
-
-
-def _fields_beside(location: list[str]) -> list[str]:
-    """Names of the fields that the unknown last part of a location might have meant."""
-    model: type[BaseModel] = Scenario
-    options: tuple[type[BaseModel], ...] = (*POLICIES, *ENGINES)
-    for part in location[:-1]:
-        tagged = [option for option in options if option.model_fields["kind"].default == part]
-        if tagged:
-            model = tagged[0]
-        elif part in model.model_fields:
-            annotation = model.model_fields[part].annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                model = annotation
-    return [name for name in model.model_fields if name != "base_dir"]
+def _path(parts: Sequence[str | int]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")

@@ -82,36 +82,44 @@ class Replica:
     def _prefill(self, step: Step) -> int:
         """Costs the step and records it; returns its duration."""
         scheduler, now = self.scheduler, self.now
-        batch = scheduler.batch
-        chunks, ending, compressed = [], 0, []
+        batch, pool = scheduler.batch, scheduler.pool
+        chunks, ending, new_tokens, compressed = [], 0, 0, []
         for sequence, chunk in step.chunks:
             chunks.append(chunk)
-            if chunk.prior_tokens + chunk.new_tokens == sequence.prefill_tokens:
+            new, prior = chunk
+            new_tokens += new
+            if new + prior == sequence.prefill_tokens:
                 ending += 1
                 if sequence.generated + 1 < sequence.output_tokens:
                     compressed.append((sequence.prompt_tokens, sequence.prefill_tokens))
-        costs = self._costs()
+        costs = self.costs
         if self.contended is not None:
+            if now < self.side_busy_until_ps:
+                costs = self.contended
             self._start_side(compressed)
             compressed = []
-        decodes = batch.size if step.decodes else 0
-        duration = costs.prefill_step(batch if decodes else None, chunks, decodes + ending, compressed)
-        if decodes:
-            self._grow(1)
+        decodes = 0
+        if step.decodes and batch.size:
+            decodes = batch.size
+            self._grow(batch.next_units())
         elif batch.size:
             self._stalled = True
-        self._record(now, duration, 0, 1, decodes, sum(chunk.new_tokens for chunk in chunks), ending)
+        duration = costs.prefill_step(batch if decodes else None, chunks, decodes + ending, compressed)
+        self.log.steps.extend((
+            now, duration, 0, 1, decodes, new_tokens, ending, pool.capacity_units - pool.free_units, len(scheduler.waiting),
+        ))  # fmt: skip
         return duration
 
     def _end_prefill(self, step: Step, started_ps: int) -> None:
         scheduler, now = self.scheduler, self.now
-        if step.decodes:
+        if step.decodes and scheduler.batch.size:
             self._advance(1)
         for sequence, chunk in step.chunks:
-            sequence.computed_tokens += chunk.new_tokens
+            sequence.computed_tokens += chunk[0]
             if sequence.scheduled_ps < 0:
                 sequence.scheduled_ps = started_ps
-            scheduler.pool.computed(sequence)
+            if scheduler.pool.shares:
+                scheduler.pool.computed(sequence)
             if sequence.computed_tokens < sequence.prefill_tokens:
                 continue
             sequence.generated += 1
@@ -129,10 +137,9 @@ class Replica:
 
     def _decode(self, step: Step, arrival_ps: int | None) -> Run:
         """Costs a run and records it. An arrival that might be admitted, or the end of a side stream, ends it early."""
-        now, batch = self.now, self.scheduler.batch
-        limit = None
-        if step.open and arrival_ps is not None:
-            limit = arrival_ps - now
+        now, scheduler = self.now, self.scheduler
+        batch, pool = scheduler.batch, scheduler.pool
+        limit = arrival_ps - now if step.open and arrival_ps is not None else None
         costs = self.costs
         if self.contended is not None and now < self.side_busy_until_ps:
             costs = self.contended
@@ -141,33 +148,32 @@ class Replica:
         run = costs.decode_run(batch, limit, step.max_steps)
         if step.swapped_units:
             run = self._swap(run, step.swapped_units)
-        self._grow(run.steps)
+        self._grow(batch.units_needed(run.steps))
         if self._stalled:
             self._record_stalls(now)
+        size, waiting, held = batch.size, len(scheduler.waiting), pool.capacity_units - pool.free_units
         for start, first, growth, steps in run.pieces:
-            self._record(now + start, first, growth, steps, batch.size, 0, 0)
+            self.log.steps.extend((now + start, first, growth, steps, size, 0, 0, held, waiting))
         return run
+
+    def _grow(self, units: int) -> None:
+        """Blocks that the decoding batch takes, or gives back, in the steps that begin."""
+        if units > 0:
+            self.scheduler.pool.take(units)
+        elif units:
+            self.scheduler.pool.give(-units)
 
     def _advance(self, steps: int) -> None:
         """The decoding batch has got its tokens: sequences finish, or their policies turn to the next piece."""
         scheduler, batch = self.scheduler, self.scheduler.batch
         batch.advance(steps)
         scheduler.last_decode_ps = self.now
-        if batch.events and batch.events[0][0] <= batch.step:
+        if batch.events[0][0] <= batch.step:
             for sequence in batch.pop_events():
                 if sequence.finish_step == batch.step:
-                    sequence.last_token_ps = self.now
                     self._finish(sequence)
                 else:
                     scheduler.turn(sequence)
-
-    def _grow(self, steps: int) -> None:
-        """Blocks that the decoding batch takes, or gives back, in its next steps."""
-        units = self.scheduler.batch.units_needed(steps)
-        if units > 0:
-            self.scheduler.pool.take(units)
-        elif units:
-            self.scheduler.pool.give(-units)
 
     def _finish(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
@@ -185,10 +191,6 @@ class Replica:
 
     # -- transfers ------------------------------------------------------------------------------------------------
 
-    def _costs(self) -> StepCosts:
-        busy = self.contended is not None and self.now < self.side_busy_until_ps
-        return self.contended if busy and self.contended is not None else self.costs
-
     def _start_side(self, compressed: list[tuple[int, int]]) -> None:
         """Compressions go to the side stream, one after the other, at its share of HBM bandwidth."""
         assert self.contended is not None
@@ -205,15 +207,6 @@ class Replica:
         return Run(run.steps, run.elapsed_ps + moved_ps, [first._replace(first_ps=first.first_ps + moved_ps)])
 
     # -- records --------------------------------------------------------------------------------------------------
-
-    def _record(
-        self, start_ps: int, first_ps: int, growth_ps: int, steps: int, decodes: int, prefill_tokens: int, ending: int
-    ) -> None:
-        pool = self.scheduler.pool
-        self.log.steps.extend((
-            start_ps, first_ps, growth_ps, steps, decodes, prefill_tokens, ending,
-            pool.capacity_units - pool.free_units, len(self.scheduler.waiting),
-        ))  # fmt: skip
 
     def _record_stalls(self, now: int) -> None:
         """Tokens of the step that begins come later than the step is long for those who got their last one before `now`."""

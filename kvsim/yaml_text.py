@@ -32,8 +32,8 @@ def parse_yaml(field: str, text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "syntax error"
-        raise InputError(field, source, f"must be valid YAML{where}: {problem}", "correct that place") from None
+        raise InputError(field, source, f"is not valid YAML{where}: {problem}", "correct that place") from None
     except ValueError as error:  # such as the date 2024-13-01
-        raise InputError(field, source, f"must be valid YAML: {error}", "put such text in quotes") from None
+        raise InputError(field, source, f"is not valid YAML: {error}", "put such text in quotes") from None
     except RecursionError:
-        raise InputError(field, source, "must be valid YAML: it is nested too deeply", "check its brackets") from None
+        raise InputError(field, source, "is not valid YAML: it is nested too deeply", "check its brackets") from None

@@ -86,6 +86,23 @@ def write_outputs(
             target.rmdir()
 
 
+def check_outputs(out_dir: str | os.PathLike[str], requests_format: str) -> None:
+    """Raise now what `write_outputs` would raise after a long simulation; leaves nothing behind."""
+    if requests_format == "parquet":
+        _pyarrow()
+    target = Path(out_dir)
+    made = [path for path in (target, *target.parents) if not path.exists()]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=".kvsim-", dir=target)).rmdir()
+    except OSError as error:
+        raise _unwritable(out_dir, error) from error
+    finally:
+        for path in made:
+            if path.is_dir():
+                path.rmdir()
+
+
 def to_json(result: Result) -> str:
     """The summary as JSON text: sorted keys, and null for every number that is not finite."""
     return json.dumps(summary_data(result), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
@@ -170,12 +187,7 @@ def _exact_seconds(time_ps: int) -> str:
 
 def write_requests_parquet(result: Result, path: Path) -> None:
     """The columns of the CSV file; times as float64 seconds, null where there is none."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        rule = "needs pyarrow, which is not installed"
-        raise InputError("requests_format", "parquet", rule, "pip install 'kvsim[parquet]' or use csv") from error
+    pa, pq = _pyarrow()
     times = [(f"{name}_s", pa.float64()) for name in TIMES]
     counts = [(name, pa.int64()) for name in COUNTS]
     schema = pa.schema([("policy", pa.string()), ("index", pa.int64()), ("is_warmup", pa.bool_()), *times, *counts])
@@ -187,6 +199,16 @@ def write_requests_parquet(result: Result, path: Path) -> None:
             arrays += [pa.array(columns[time] / PS_PER_S, mask=columns[time] < 0) for time in TIMES]
             arrays += [pa.array(columns[count]) for count in COUNTS]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        rule = "needs pyarrow, which is not installed"
+        raise InputError("requests_format", "parquet", rule, "pip install 'kvsim[parquet]' or use csv") from error
+    return pa, pq
 
 
 def _plain(value: Any) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvsim.reports.verdict import is_overloaded
-from kvsim.result import Result
+from kvsim.result import LedgerLine, Result
+from kvsim.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,14 +23,34 @@ def policy_table(title: str, result: Result, columns: list[tuple[str, list[str]]
 
 
 def lines_by_policy(
-    title: str, result: Result, lines: list[str], cell: Callable[[str, str], str]
+    title: str, names: Sequence[str], lines: list[str], cell: Callable[[str, str], str]
 ) -> Iterable[RenderableType]:
-    """A row for each line and a column for each policy, in as many tables as it takes."""
-    names = list(result.policies)
+    """A row for each line and a column for each policy of these names, in as many tables as it takes."""
     for start in range(0, len(names) if lines else 0, POLICIES_PER_TABLE):
         shown = names[start : start + POLICIES_PER_TABLE]
         rows = [(line, *(cell(line, name) for name in shown)) for line in lines]
         yield plain_table(title, ("", *shown), rows, right=True)
+
+
+def ledger_table(name: str, ledger: Sequence[LedgerLine]) -> RenderableType:
+    """Every line of one policy's GPU memory, with where its number comes from."""
+    rows = [(line.name, format_bytes(line.num_bytes), line.note) for line in ledger]
+    return plain_table(f"GPU memory of {name}, per GPU", ("", "size", "note"), rows)
+
+
+def ledger_differences(ledgers: Mapping[str, Sequence[LedgerLine]], reference: str) -> Iterable[RenderableType]:
+    """The lines of the reference policy, and how the others differ from it."""
+    sizes = {name: {line.name: line.num_bytes for line in ledger} for name, ledger in ledgers.items()}
+
+    def cell(line: str, name: str) -> str:
+        own, base = sizes[name].get(line), sizes[reference].get(line, 0)
+        if name == reference or own is None:
+            return "-" if own is None else format_bytes(own)
+        return "same" if own == base else ("+" if own > base else "-") + format_bytes(abs(own - base))
+
+    title = f"GPU memory, per GPU (others: difference from {reference})"
+    lines = list(dict.fromkeys(line for by_line in sizes.values() for line in by_line))
+    yield from lines_by_policy(title, list(ledgers), lines, cell)
 
 
 def plain_table(
@@ -48,7 +69,8 @@ def plain_table(
     )
     for i, head in enumerate(heads):
         numeric = i > 0 and (right or i < len(heads) - 1)
-        table.add_column(Text(head), justify="right" if numeric else "left", vertical="bottom", overflow="fold")
+        align = "right" if numeric else "left"
+        table.add_column(Text(head), justify=align, vertical="bottom" if right else "top", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return Group(Text(f"\n{title}", style="bold"), table)

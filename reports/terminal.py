@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, TextIO
@@ -16,45 +15,24 @@ from kvsim.reports.compare import (
     op_shares,
     shares_by_kind_of_source,
 )
+from kvsim.reports.console import PIPE_WIDTH, print_parts, text_of
 from kvsim.reports.formats import factor, number, percent, share, size, time_unit
-from kvsim.reports.tables import lines_by_policy, plain_table, policy_table
+from kvsim.reports.tables import ledger_differences, ledger_table, lines_by_policy, plain_table, policy_table
 from kvsim.reports.verdict import is_overloaded, verdict, warnings
 from kvsim.result import PolicyResult, Result
-from kvsim.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-PIPE_WIDTH = 100
-
 
 def print_report(result: Result, file: TextIO | None = None, *, sections: Collection[str] | None = None) -> None:
     """Print the report; sections are those of SECTIONS, by default DEFAULT_SECTIONS."""
-    from rich.console import Console
-
-    file = sys.stdout if file is None else file
-    if file.isatty():
-        console = Console(file=file, highlight=False, emoji=False, markup=False)
-        for part in renderables(result, sections):
-            console.print(part)
-        return
-    encoding, text = getattr(file, "encoding", None) or "utf-8", render_text(result, sections=sections)
-    if not encoding.lower().replace("-", "").startswith("utf"):
-        text = text.replace("─", "-").encode(encoding, "replace").decode(encoding)
-    file.write(text)
+    print_parts(renderables(result, sections), sys.stdout if file is None else file)
 
 
 def render_text(result: Result, width: int = PIPE_WIDTH, *, sections: Collection[str] | None = None) -> str:
     """The report as text without colour or trailing blanks."""
-    from rich.console import Console
-
-    buffer = io.StringIO()
-    console = Console(
-        file=buffer, width=width, color_system=None, force_terminal=False, highlight=False, emoji=False, markup=False
-    )
-    for part in renderables(result, sections):
-        console.print(part)
-    return "".join(line.rstrip() + "\n" for line in buffer.getvalue().splitlines())
+    return text_of(renderables(result, sections), width)
 
 
 def renderables(result: Result, sections: Collection[str] | None = None) -> list[RenderableType]:
@@ -159,33 +137,22 @@ def _time(result: Result) -> Iterable[RenderableType]:
         for op, part in by_op.items():
             largest[op] = max(largest.get(op, 0.0), part)
     ops = sorted(largest, key=lambda op: (-largest[op], op))
-    yield from lines_by_policy(
-        "Device time by Op, %", result, ops, lambda op, name: share(shares[name][op]) if op in shares[name] else "-"
-    )
+
+    def cell(op: str, name: str) -> str:
+        return share(shares[name][op]) if op in shares[name] else "-"
+
+    yield from lines_by_policy("Device time by Op, %", list(result.policies), ops, cell)
 
 
 def _ledger(result: Result) -> Iterable[RenderableType]:
     """The baseline's lines (or the first policy's), and how the others differ from it."""
-    lines = {name: {line.name: line.num_bytes for line in p.ledger} for name, p in result.policies.items()}
-    reference = result.baseline or next(iter(lines))
-    names = list(dict.fromkeys(line for by_line in lines.values() for line in by_line))
-
-    def cell(line: str, name: str) -> str:
-        own, base = lines[name].get(line), lines[reference].get(line, 0)
-        if name == reference or own is None:
-            return "-" if own is None else format_bytes(own)
-        return "same" if own == base else ("+" if own > base else "-") + format_bytes(abs(own - base))
-
-    yield from lines_by_policy(f"GPU memory, per GPU (others: difference from {reference})", result, names, cell)
+    ledgers = {name: policy.ledger for name, policy in result.policies.items()}
+    yield from ledger_differences(ledgers, result.baseline or next(iter(ledgers)))
 
 
 def _full_ledger(result: Result) -> Iterable[RenderableType]:
     for name, policy in result.policies.items():
-        yield plain_table(
-            f"GPU memory of {name}, per GPU",
-            ("", "size", "note"),
-            [(line.name, format_bytes(line.num_bytes), line.note) for line in policy.ledger],
-        )
+        yield ledger_table(name, policy.ledger)
 
 
 def _basis(result: Result) -> Iterable[RenderableType]:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from kvsim.batch import DecodeBatch, Sequence
 from kvsim.cost_types import Chunk
 from kvsim.policies.compose import CachePlan
-from kvsim.policies.ramp import FOREVER
 from kvsim.pool import BlockPool
 from kvsim.requests import Request
 
@@ -64,9 +63,10 @@ class Scheduler:
 
     def start_decode(self, sequence: Sequence) -> None:
         """The prefill has ended and its policy has compressed the prompt: the sequence decodes from the next step on."""
-        held = self.batch.join(sequence)
-        assert held <= sequence.held_units, "compression must not grow the cache"
-        self.pool.give(sequence.held_units - held)
+        freed = sequence.held_units - self.batch.join(sequence)
+        assert freed >= 0, "compression must not grow the cache"
+        if freed:
+            self.pool.give(freed)
         sequence.held_units = 0
 
     def turn(self, sequence: Sequence) -> None:
@@ -111,4 +111,4 @@ class Scheduler:
         steps = batch.next_event() - batch.step
         if batch.need_total or batch.num_shrinking:
             steps = batch.steps_within(self.pool.free_units - spare_units, steps)
-        return max(1, min(steps, FOREVER))
+        return steps if steps > 1 else 1

@@ -102,7 +102,7 @@ class _V0Scheduler(Scheduler):
         if chunks:
             return Step(chunks, False, 1, True)
         batch, moved, preempted = self.batch, 0, False
-        while batch.size > 1 and batch.units_needed(1) + self.spare > self.pool.free_units:
+        while batch.size > 1 and batch.next_units() + self.spare > self.pool.free_units:
             moved += self._evict()
             preempted = True
         if not preempted:
@@ -153,7 +153,7 @@ class _V0Scheduler(Scheduler):
         while self.swapped and len(self.running) < self.max_num_seqs:
             sequence, units = self.swapped[0]
             low = self.watermark if self.running else 0
-            if units + self.batch.units_needed(1) + 2 * self.spare > self.pool.free_units - low:
+            if units + self.batch.next_units() + 2 * self.spare > self.pool.free_units - low:
                 break
             self.swapped.popleft()
             self.swap_units += units

@@ -88,6 +88,9 @@ class VllmV1(Engine):
         return _V1Scheduler(self, pool, plan)
 
 
+_NO_CHUNKS: list[tuple[Sequence, Chunk]] = []
+
+
 class _V1Scheduler(Scheduler):
     def __init__(self, engine: VllmV1, pool: BlockPool, plan: CachePlan) -> None:
         super().__init__(pool, plan, engine.max_num_seqs)
@@ -98,53 +101,63 @@ class _V1Scheduler(Scheduler):
     def pick(self) -> Step | None:
         batch, pool = self.batch, self.pool
         preempted = False
-        growth = 0
-        if batch.size:
-            growth = batch.units_needed(1)
-            while growth > pool.free_units:
-                if self.preempt_last() is self.partial:
-                    self.partial = None
-                preempted = True
-                growth = batch.units_needed(1)
-        budget = self.budget - batch.size
-        free = pool.free_units - growth
+        growth = batch.next_units()
+        while growth > pool.free_units:
+            if self.preempt_last() is self.partial:
+                self.partial = None
+            preempted = True
+            growth = batch.next_units()
+        open_to_arrivals = False
+        if self.partial is not None or self.waiting:
+            chunks = self._fill(pool.free_units - growth, preempted)
+            if chunks:
+                return Step(chunks, batch.size > 0, 1, True)
+        else:
+            open_to_arrivals = len(self.running) < self.max_num_seqs
+        if not batch.size:
+            # If everything running was preempted, the queue's head fits the empty pool: the next pick admits it.
+            return self.pick() if self.waiting else None
+        # Shrinking lanes free blocks in the middle of a run: then what waits must be looked at after every step.
+        stuck = self.waiting and (preempted or batch.num_shrinking)
+        return Step(_NO_CHUNKS, True, 1 if stuck else self.decode_horizon(), open_to_arrivals)
+
+    def _fill(self, free: int, preempted: bool) -> list[tuple[Sequence, Chunk]]:
+        """Prompt chunks beside the decodes: the rest of the prefill under way, then what queue, budget and pool admit."""
+        budget = self.budget - self.batch.size
         chunks: list[tuple[Sequence, Chunk]] = []
-        partial = self.partial
+        partial, prefill_units = self.partial, self.plan.prefill_units
         if partial is not None and budget:
             chunk = min(budget, partial.prefill_tokens - partial.computed_tokens)
-            units = self.plan.prefill_units(partial.computed_tokens + chunk) - partial.held_units
+            units = prefill_units(partial.computed_tokens + chunk) - partial.held_units
             if units > free:
                 self.preempt_last()
                 self.partial, preempted = None, True
             else:
                 free, budget = free - units, budget - chunk
                 self._schedule(partial, chunk, chunks)
-        blocked = preempted
-        while self.waiting and budget and not blocked and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            cached = min(sequence.request.cached_prompt_tokens, sequence.prefill_tokens - 1)
-            hit = pool.match(sequence)
-            cached = max(cached, hit)
-            chunk = min(budget, sequence.prefill_tokens - cached)
-            needed = sequence.prefill_tokens if self.reserve_full_prompt else cached + chunk
-            if pool.units_to_admit(sequence, hit, self.plan.prefill_units(needed)) > free:
-                blocked = True
+        waiting, pool = self.waiting, self.pool
+        while waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
+            sequence = waiting[0]
+            whole, hit = sequence.prefill_tokens, 0
+            cached = min(sequence.request.cached_prompt_tokens, whole - 1)
+            if pool.shares:
+                hit = pool.match(sequence)
+                cached = max(cached, hit)
+            chunk = min(budget, whole - cached)
+            units = prefill_units(cached + chunk)
+            needed = prefill_units(whole) if self.reserve_full_prompt else units
+            if hit:
+                free_hits = units - pool.units_to_admit(sequence, units)
+                units, needed = units - free_hits, needed - free_hits
+            if needed > free:
                 break
-            free -= pool.units_to_admit(sequence, hit, self.plan.prefill_units(cached + chunk))
-            pool.admit(sequence, hit)
-            sequence.held_units = len(sequence.shared_blocks)
+            if hit:
+                pool.admit(sequence)
+                sequence.held_units = len(sequence.shared_blocks)
             self.admit(sequence, cached)
-            budget -= chunk
+            free, budget = free - units, budget - chunk
             self._schedule(sequence, chunk, chunks)
-        if chunks:
-            return Step(chunks, batch.size > 0, 1, True)
-        if not batch.size:
-            # Only after everything running was preempted: the queue's head fits an empty pool, so the next pick admits it.
-            return self.pick() if self.waiting and preempted else None
-        # Shrinking lanes free blocks in the middle of a run: then what waits must be looked at after every step.
-        stuck = bool(self.waiting) and (preempted or batch.num_shrinking > 0)
-        horizon = 1 if stuck else self.decode_horizon()
-        return Step(chunks, True, horizon, not self.waiting and len(self.running) < self.max_num_seqs)
+        return chunks
 
     def _schedule(self, sequence: Sequence, chunk: int, chunks: list[tuple[Sequence, Chunk]]) -> None:
         prior = sequence.computed_tokens

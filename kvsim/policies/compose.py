@@ -71,18 +71,19 @@ class Segment:
     tokens, d_tokens: tokens in each lane of the block pool; d_tokens is -1, 0 or 1.
     actions: slots handled by each policy's action in the first step. With `period`, actions recur every period at phase 0,
     the reads rise by the plan's `tooth` a step from phase 0, and `read` is their value at phase 0; `phase` is that of the
-    first step.
+    first step. held_units: what the sequence holds of the pool before the first step.
     """
 
     __slots__ = (
-        "actions", "d_longest", "d_read", "d_tokens", "longest", "period", "phase", "read", "steps", "tokens",
+        "actions", "d_longest", "d_read", "d_tokens", "held_units", "longest", "period", "phase", "read", "steps", "tokens",
     )  # fmt: skip
 
     def __init__(
         self, steps: int, read: tuple[int, ...], d_read: tuple[int, ...], longest: tuple[int, ...],
         d_longest: tuple[int, ...], tokens: tuple[int, ...], d_tokens: tuple[int, ...],
-        actions: tuple[int, ...] | None, period: int = 0, phase: int = 0,
+        actions: tuple[int, ...] | None, held_units: int, period: int = 0, phase: int = 0,
     ) -> None:  # fmt: skip
+        self.held_units = held_units
         self.steps, self.read, self.d_read, self.longest, self.d_longest = steps, read, d_read, longest, d_longest
         self.tokens, self.d_tokens, self.actions, self.period, self.phase = tokens, d_tokens, actions, period, phase
 
@@ -100,8 +101,8 @@ class CachePlan:
     """A composition on one GPU's cache.
 
     Scalars are what step costs are functions of. The first `num_layer_groups` count what the attention of one layer group
-    reads, in units of `scalar_bytes[i]` bytes over the group's layers; a further one, where `slots_scalar` says so, counts resident
-    slots in units of `slots_unit` (token, layer, KV head) triples, for Ops in proportion to tokens rather than bytes.
+    reads, in units of `scalar_bytes[i]` bytes over the group's layers; a further one, where `slots_scalar` says so, counts
+    resident slots in units of `slots_unit` (token, layer, KV head) triples, for Ops in proportion to tokens rather than bytes.
     """
 
     def __init__(self, composition: Composition, shape: CacheShape, kv_dtype: str, layout: str = "paged") -> None:
@@ -178,11 +179,16 @@ class CachePlan:
         """Pool units of an uncompressed sequence of `num_tokens`, its window buffer included."""
         return -(-num_tokens // self.shape.block_size_tokens) * self.prefill_units_per_block + self.window_units
 
+    def tokens_that_fit(self, units: int) -> int:
+        """Tokens of an uncompressed sequence that so many units hold."""
+        blocks = max(0, units - self.window_units) // self.prefill_units_per_block
+        return blocks * self.shape.block_size_tokens
+
     def lane_held(self, tokens: tuple[int, ...], d_tokens: tuple[int, ...], steps_done: int) -> int:
         """Units held after `steps_done` steps of a segment that began with these tokens (before its first step: 0)."""
-        size, held = self.shape.block_size_tokens, self.window_units
-        for units, start, slope in zip(self.lane_units, tokens, d_tokens, strict=True):
-            held += units * -(-(start + slope * (steps_done - 1)) // size)
+        size, held, units = self.shape.block_size_tokens, self.window_units, self.lane_units
+        for lane, start in enumerate(tokens):
+            held += units[lane] * -(-(start + d_tokens[lane] * (steps_done - 1)) // size)
         return held
 
     def peak_units(self, prompt_tokens: int, output_tokens: int) -> int:
@@ -220,6 +226,9 @@ class CachePlan:
         self._all_pairs = [
             sum(g.num_pairs for g in self.groups if g.layer_group == layer_group)
             for layer_group in range(self.num_layer_groups)
+        ]
+        self._slots_per_layer = [
+            size / layers / self.slot_bytes for size, layers in zip(self.scalar_bytes, self.layers_of, strict=True)
         ]
         self.has_step_ops = any(p.step_ops(self.shape, 1, self.shape.num_pairs) for p in self.composition.policies)
         self.slots_per_unit = self.scalar_bytes[0] / (self.key_full_narrow + self.value_narrow)
@@ -270,9 +279,10 @@ class CachePlan:
                 count = group.num_pairs // self.slots_unit
                 read[-1] += resident.value * count
                 d_read[-1] += resident.slope * count
+        lanes, d_lanes = tuple(lane_tokens), tuple(d_lane_tokens)
         return Segment(
             steps, tuple(read), tuple(d_read), tuple(longest), tuple(d_longest),
-            tuple(lane_tokens), tuple(d_lane_tokens), self._actions(seq, step),
+            lanes, d_lanes, self._actions(seq, step), self.lane_held(lanes, d_lanes, 0),
         )  # fmt: skip
 
     def _bytes_read(
@@ -310,19 +320,18 @@ class CachePlan:
         peak = low + period - 1
         return Segment(
             FOREVER, (low * weight,), (0,), (peak * weight,), (0,), (peak,), (0,),
-            self._actions(seq, step + (period - phase) % period), period, phase,
+            self._actions(seq, step + (period - phase) % period), self.lane_held((peak,), (0,), 0), period, phase,
         )  # fmt: skip
 
     # -- Ops ------------------------------------------------------------------------------------------------------
 
     def attention(self, layer_group: int, batch: int, units: float, longest: float) -> DecodeAttention:
         """Attention of one layer of the group that reads `units` scalar units over all the group's layers."""
-        shape = self.shape
-        per_layer = self.scalar_bytes[layer_group] / self.layers_of[layer_group] / self.slot_bytes
+        _, q_heads, kv_heads, head_dim, _, _ = self.shape
+        per_layer = self._slots_per_layer[layer_group]
         return DecodeAttention(
-            batch=batch, q_heads=shape.q_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
-            kv_slots=round(units * per_layer), max_kv_tokens=round(longest * per_layer / shape.kv_heads),
-            slot_bytes=self.slot_bytes, kv_format=self.kv_format, layout=self.layout,
+            batch, q_heads, kv_heads, head_dim, round(units * per_layer), round(longest * per_layer / kv_heads),
+            self.slot_bytes, self.kv_format, self.layout,
         )  # fmt: skip
 
     def units_of_slots(self, layer_group: int, kv_slots: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -126,7 +125,7 @@ class KVCompress(Policy):
         """Metrics of all heads ranked together: the four passes of a selection for each max_kvs_per_compression of
         them.
         """
-        return replace(select(shape, num_slots), num_launches=4 * -(-num_slots // self.max_kvs_per_compression))
+        return select(shape, num_slots)._replace(num_launches=4 * -(-num_slots // self.max_kvs_per_compression))
 
     def compress_ops(self, shape: CacheShape, seq: SequenceShape) -> tuple[Op, ...]:
         """Metrics of the prompt, and the eviction: survivors in the tail of a head's blocks move into holes, one per
@@ -149,7 +148,7 @@ class KVCompress(Policy):
         if self.compression_ratio == 1:
             return (scores,)
         sort = (self._sort(shape, num_slots),) if self.interval_steps == 1 else ()
-        return (scores, *sort, replace(compact(shape, batch * shape.num_pairs), num_launches=1))
+        return (scores, *sort, compact(shape, batch * shape.num_pairs)._replace(num_launches=1))
 
     def pool_ops(self, shape: CacheShape, pool_slots: int) -> tuple[Op, ...]:
         return (metric_pool(shape, pool_slots),)

@@ -1,0 +1,221 @@
+"""The command line. Everything heavy is imported by the command that needs it, so that ``kvsim --help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvsim.errors import InputError, KvsimError
+
+if TYPE_CHECKING:
+    from kvsim.scenario import Scenario
+
+DONE, BUG, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    a bug in kvsim: it ends with a traceback, please report it
+  2    bad input: one line on standard error says field, value, rule and fix;
+       nothing has been written
+  130  interrupted (Ctrl-C); nothing has been written
+  141  the reader of the output closed the pipe, as `| head` does
+"""
+SECTION_NAMES = (
+    "title", "latency", "means", "capacity", "gains", "slo", "time", "ledger", "full_ledger", "basis", "notes", "warnings",
+    "verdict",
+)  # fmt: skip
+"""Those of kvsim.reports.terminal, without importing it (a test compares them)."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code (see EXIT_CODES)."""
+    try:
+        code = cli.main(args=argv, prog_name="kvsim", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else DONE
+    except BrokenPipeError:
+        # Whoever read has had enough; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except KvsimError as error:
+        return _complain(str(error))
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "kvsim"
+        return _complain(f"{error.format_message().rstrip('.')}; `{command} --help` shows how")
+    except click.ClickException as error:
+        return _complain(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("kvsim: interrupted", err=True)
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno not in _STDOUT_ERRORS:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _complain(f"standard output cannot be written ({error.strerror}); free some space")
+
+
+_STDOUT_ERRORS = (28, 122)
+"""ENOSPC and EDQUOT; files of --out have errors of their own."""
+
+
+def _complain(text: str) -> int:
+    click.echo("kvsim: error: " + " ".join(text.split()), err=True)
+    return BAD_INPUT
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+@click.version_option(package_name="kvsim")
+def cli() -> None:
+    """What KV-cache compression will do on your GPU, model and traffic, before deployment."""
+
+
+class _Settings(click.ParamType):
+    """``field=value``, the value read as YAML."""
+
+    name = "field=value"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
+        if isinstance(value, tuple):
+            return value
+        field, equals, text = value.partition("=")
+        if not equals or not field.strip():
+            raise InputError("--set", value, "must be field=value", "try --set engine.max_num_seqs=64")
+        from kvsim.yaml_text import parse_yaml
+
+        return field.strip(), parse_yaml(f"--set {field.strip()}", text, text)
+
+
+class _Sections(click.ParamType):
+    """Names separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[str]:
+        if isinstance(value, list):
+            return value
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        for name in names or [""]:
+            if name not in SECTION_NAMES:
+                raise InputError("--sections", name, "must be a section of the report", f"use {', '.join(SECTION_NAMES)}")
+        return names
+
+
+def _scenario_options(command: Any) -> Any:
+    for option in (
+        click.option(
+            "--policy", "names", metavar="NAME", multiple=True, help="Only this policy of the scenario; may be repeated."
+        ),
+        click.option(
+            "--set", "overrides", type=_Settings(), metavar="FIELD=VALUE", multiple=True,
+            help="Override a field: --set engine.max_num_seqs=64 (the value is YAML); may be repeated.",
+        ),
+        click.argument("scenario"),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@cli.command(epilog=EXIT_CODES)
+@_scenario_options
+@click.option("--out", metavar="DIR", help="Write summary.json, a row per request, plots and (on request) a trace there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON in place of the tables.")
+@click.option(
+    "--requests-format", type=click.Choice(("csv", "parquet")), default="csv", show_default=True,
+    help="Of the row per request in DIR; parquet needs kvsim[parquet].",
+)  # fmt: skip
+@click.option("--no-plots", is_flag=True, help="No plots in DIR.")
+@click.option("--perfetto", is_flag=True, help="A trace for https://ui.perfetto.dev in DIR.")
+@click.option(
+    "--sections", type=_Sections(), metavar="NAME,...",
+    help="Parts of the report: " + ", ".join(SECTION_NAMES) + "; by default all but full_ledger.",
+)  # fmt: skip
+@click.option("-q", "--quiet", is_flag=True, help="No report and no progress bar: only the files of DIR.")
+def run(
+    scenario: str, overrides: tuple[tuple[str, Any], ...], names: tuple[str, ...], out: str | None, as_json: bool,
+    requests_format: str, no_plots: bool, perfetto: bool, sections: list[str] | None, quiet: bool,
+) -> None:  # fmt: skip
+    """Simulate every policy of SCENARIO, a YAML file, and compare them."""
+    loaded = _load(scenario, overrides, names)
+    if out is None:
+        for option, given in (("--perfetto", perfetto), ("--requests-format", requests_format == "parquet")):
+            if given:
+                raise InputError(option, None, "writes a file, so it needs --out", "add --out DIR")
+    else:
+        from kvsim.reports.files import check_outputs
+
+        check_outputs(out, requests_format)
+    from kvsim.api import simulate
+    from kvsim.progress import progress_bar
+
+    with progress_bar(loaded, shown=not quiet) as progress:
+        result = simulate(loaded, progress)
+    if out is not None:
+        from kvsim.reports.files import write_outputs
+
+        for path in write_outputs(result, out, requests_format=requests_format, plots=not no_plots, perfetto=perfetto):
+            if not (quiet or as_json):
+                click.echo(f"wrote {path}", err=True)
+    if as_json:
+        from kvsim.reports.files import to_json
+
+        click.echo(to_json(result).encode(), nl=False)
+    elif not quiet:
+        from kvsim.reports.terminal import print_report
+
+        print_report(result, sections=sections)
+
+
+@cli.command()
+@_scenario_options
+def show(scenario: str, overrides: tuple[tuple[str, Any], ...], names: tuple[str, ...]) -> None:
+    """What SCENARIO resolves to, without simulating: GPU memory line by line, KV bytes and blocks of every policy."""
+    loaded = _load(scenario, overrides, names)
+    from kvsim.reports.resolved import print_resolved
+
+    print_resolved(loaded)
+
+
+@cli.command("list")
+@click.argument("what", type=click.Choice(("gpus", "models", "policies", "engines")))
+def list_(what: str) -> None:
+    """What there is to choose from: gpus, models, policies or engines."""
+    from kvsim.reports.catalogue import print_catalogue
+
+    print_catalogue(what)
+
+
+@cli.group()
+def calibrate() -> None:
+    """Measure a device."""
+
+
+@calibrate.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.pass_context
+def measure(context: click.Context) -> int:
+    """Time single Ops on this machine's GPU or CPU (docs/measure.md); options as `python -m kvsim.calibrate.measure`."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "kvsim calibrate measure", None, "needs torch, which is not installed", "pip install 'kvsim[calibrate]'"
+        ) from None
+    from kvsim.calibrate.measure import main as measure_main
+
+    try:
+        return measure_main(context.args)
+    except SystemExit as stopped:  # argparse has said what is wrong
+        return stopped.code if isinstance(stopped.code, int) else DONE
+
+
+def _load(path: str, overrides: tuple[tuple[str, Any], ...], names: tuple[str, ...]) -> Scenario:
+    from kvsim.scenario import load_scenario, select_policies
+
+    scenario = load_scenario(path, dict(overrides))
+    return select_policies(scenario, names) if names else scenario
+
+
+if __name__ == "__main__":
+    sys.exit(main())

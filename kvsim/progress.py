@@ -1,0 +1,45 @@
+"""A progress bar over policies and requests on a terminal's standard error; nothing in a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from kvsim.scenario import Scenario
+from kvsim.workload import expected_num_requests
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+@contextmanager
+def progress_bar(scenario: Scenario, *, shown: bool = True) -> Iterator[Callable[[str, int], None] | None]:
+    """What `simulate` is to call; None where nobody watches. A trace of unknown length shows a count and no end."""
+    if not shown or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield _Bars(bar, list(scenario.policies), expected_num_requests(scenario.workload))
+
+
+class _Bars:
+    """One bar for the policies, one for the requests of the present one."""
+
+    def __init__(self, bar: Progress, names: list[str], total: int | None) -> None:
+        self.bar, self.names, self.total = bar, names, total
+        self.policies = bar.add_task("policies", total=len(names))
+        self.requests = bar.add_task(names[0], total=total)
+        self.name = names[0]
+
+    def __call__(self, name: str, num_finished: int) -> None:
+        if name != self.name:
+            self.name = name
+            self.bar.update(self.policies, completed=self.names.index(name))
+            self.bar.reset(self.requests, total=self.total, description=name)
+        self.bar.update(self.requests, completed=num_finished)
