@@ -60,7 +60,7 @@ CHOSEN = {
     "decode_attention.split_tokens": (400.0, "fitted: one value for all GPUs, free fits gave 40-425 on the same rows"),
     "decode_attention.compute_frac": (0.5, "assumed: reached by FlashAttention-2 prefill; binds only below 8 bits"),
     "policy.memory_frac": (0.4, "assumed: gather and scatter at half of a streaming kernel, until measured"),
-    "policy.compute_frac": (0.25, "assumed: scores, exponentials and sorting on CUDA cores, of the fp32 peak"),
+    "policy.compute_frac": (0.4, "assumed: a tiled 16-bit matrix product with an epilogue, below prefill attention's 0.65"),
     "copy.launch_us": (5.0, "assumed: one cudaMemcpyAsync"),
     "copy.host_frac": (0.85, "assumed: pinned memory over PCIe (about 26 of 31.5 GB/s on gen 4, 55 of 63 on gen 5)"),
     "host.vllm_v1.schedule.base_us": (200.0, "assumed: scheduler of vLLM V1 in one Python process, no Ray"),

@@ -66,7 +66,7 @@ def _complain(text: str) -> int:
     return BAD_INPUT
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
 @click.version_option(package_name="kvsim")
 def cli() -> None:
     """What KV-cache compression will do on your GPU, model and traffic, before deployment."""
@@ -187,7 +187,7 @@ def list_(what: str) -> None:
     print_catalogue(what)
 
 
-@cli.group()
+@cli.group(no_args_is_help=False)
 def calibrate() -> None:
     """Measure a device."""
 

@@ -97,7 +97,7 @@ class DatasheetProfile:
         self._elementwise_launch_s = e["elementwise.launch_s"]
         self._elementwise_bytes_per_s = e["elementwise.memory_frac"] * self._hbm
         self._policy_bytes_per_s = e["policy.memory_frac"] * self._hbm
-        self._policy_flops_per_s = e["policy.compute_frac"] * gpu.peak_flops("fp32")
+        self._policy_flops_per_s = e["policy.compute_frac"] * self._peak_16bit
         self._host_parts = {
             (engine, part): (e[f"host.{engine}.{part}.base_s"], e[f"host.{engine}.{part}.per_sequence_s"])
             for engine in e.children("host")

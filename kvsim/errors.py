@@ -15,14 +15,29 @@ class InputError(KvsimError):
 
     def __init__(self, field: str, value: object, rule: str, fix: str = "") -> None:
         self.field, self.value, self.rule, self.fix = field, value, rule, fix
-        shown = "" if value is None else f"={_short(value)}"
-        super().__init__(f"{field}{shown} {rule}" + (f"; {fix}" if fix else ""))
+        # The arguments as they were: SimPy raises a copy made of them.
+        super().__init__(field, value, rule, fix)
+
+    def __str__(self) -> str:
+        shown = "" if self.value is None else f"={_short(self.value)}"
+        return f"{self.field}{shown} {self.rule}" + (f"; {self.fix}" if self.fix else "")
 
 
 class DoesNotFitError(KvsimError):
     """The model, or one sequence of the workload, does not fit into GPU memory; the message says by how much."""
 
 
+class _Null:
+    """A null in the user's YAML."""
+
+    def __repr__(self) -> str:
+        return "null"
+
+
+NULL = _Null()
+"""Shown as null where an error's value None would show nothing."""
+
+
 def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -20,5 +20,5 @@ class Frozen(BaseModel):
             if isinstance(value, bool) and name in cls.model_fields:
                 annotation = cls.model_fields[name].annotation
                 if {int, float} & {annotation, *get_args(annotation)}:
-                    raise ValueError(f"{name}={value} must be a number; true and false are none")
+                    raise ValueError(f"{name}={str(value).lower()} must be a number; true and false are none")
         return data

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import floor
+from math import ceil, floor
 
 from kvsim.engines.base import Engine
 from kvsim.errors import DoesNotFitError, InputError
-from kvsim.hardware import Gpu
+from kvsim.hardware import Gpu, list_gpus, load_gpu
 from kvsim.model import Model
 from kvsim.policies.compose import CachePlan
 from kvsim.result import LedgerLine
@@ -68,26 +68,47 @@ class Ledger:
 def _does_not_fit(
     gpu: Gpu, model: Model, tp: int, weight_dtype: str, engine: Engine, lines: Sequence[LedgerLine], short_bytes: int
 ) -> str:
-    fixes = []
-    larger = next((n for n in model.valid_tps() if n > tp and _weights_fit(gpu, model, n, weight_dtype, engine)), None)
-    if larger:
-        fixes.append(f"tensor_parallel: {larger}")
-    for dtype in ("fp8", "int4"):
-        if weight_dtype in ("fp16", "bf16") and _weights_fit(gpu, model, tp, dtype, engine):
-            fixes.append(f"weight_dtype: {dtype}")
-            break
     biggest = max(lines[2:], key=lambda line: line.num_bytes)
+    fixes = _what_would_fit(gpu, model, tp, weight_dtype, engine, biggest.name, short_bytes)
     return (
         f"{model.name} does not fit on {tp} x {gpu.name}: {format_bytes(short_bytes)} a GPU short of one KV block "
         f"(largest line: {biggest.name}, {format_bytes(biggest.num_bytes)}; "
         f"engine's share {format_bytes(lines[1].num_bytes)}); "
-        + (f"what would fit: {' or '.join(fixes)}" if fixes else "use a GPU with more memory")
+        + (f"what would fit: {' or '.join(fixes)}" if fixes else "no GPU of the catalogue would do: choose a smaller model")
     )
 
 
-def _weights_fit(gpu: Gpu, model: Model, tp: int, weight_dtype: str, engine: Engine) -> bool:
-    others = sum(line.num_bytes for line in engine.memory_lines(model, tp) if not line.outside)
-    return model.weight_bytes(weight_dtype, tp) + others < 0.98 * gpu.usable_bytes * engine.gpu_memory_utilization
+def _what_would_fit(
+    gpu: Gpu, model: Model, tp: int, weight_dtype: str, engine: Engine, biggest: str, short_bytes: int
+) -> list[str]:
+    """Changes of one or two fields, the smallest first."""
+
+    def fits(gpu: Gpu = gpu, tp: int = tp, dtype: str = weight_dtype) -> bool:
+        others = sum(line.num_bytes for line in engine.memory_lines(model, tp) if not line.outside)
+        return model.weight_bytes(dtype, tp) + others < 0.98 * gpu.usable_bytes * engine.gpu_memory_utilization
+
+    fixes = []
+    share = engine.gpu_memory_utilization + short_bytes / gpu.usable_bytes
+    if share <= 0.97:
+        fixes.append(f"engine.gpu_memory_utilization: {ceil(100 * share) / 100:g}")
+    limits = [name for name in ("max_prefill_tokens", "max_num_batched_tokens") if name in type(engine).model_fields]
+    if biggest == "activation peak" and limits:
+        fixes.append(f"a lower engine.{limits[0]}")
+    elif biggest.endswith("scratch"):
+        fixes.append("a lower engine.max_model_len")
+    dtypes = [dtype for dtype in ("fp8", "int4") if weight_dtype in ("fp16", "bf16")]
+    tps = [n for n in model.valid_tps() if n > tp]
+    fixes += [f"tensor_parallel: {n}" for n in tps if fits(tp=n)][:1]
+    fixes += [f"weight_dtype: {dtype}" for dtype in dtypes if fits(dtype=dtype)][:1]
+    if not fixes:
+        both = ((n, dtype) for dtype in dtypes for n in tps if fits(tp=n, dtype=dtype))
+        fixes += [f"tensor_parallel: {n} with weight_dtype: {dtype}" for n, dtype in both][:1]
+    larger = sorted((load_gpu(name) for name in list_gpus()), key=lambda gpu: gpu.usable_bytes)
+    fixes += [f"gpu: {other.name}" for other in larger if other.usable_bytes > gpu.usable_bytes and fits(gpu=other)][:1]
+    if not fixes:
+        groups = ((other.name, n) for n in tps for other in larger if fits(gpu=other, tp=n))
+        fixes += [f"gpu: {name} with tensor_parallel: {n}" for name, n in groups][:1]
+    return fixes
 
 
 def check_fits(plan: CachePlan, pool_units: int, field: str, prompt_tokens: int, output_tokens: int) -> None:

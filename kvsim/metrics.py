@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import numpy as np
 
@@ -163,7 +164,8 @@ def check_slo(slo: Mapping[str, float]) -> None:
     """Raise InputError unless every key is one of SLO_KEYS and every limit a positive number of seconds."""
     for key, limit_s in slo.items():
         if key not in SLO_KEYS:
-            fix = f"use ({'|'.join(SLO_METRICS)})_({'|'.join(SLO_STATISTICS)})_s"
+            close = get_close_matches(key, SLO_KEYS, n=1)
+            fix = f"did you mean {close[0]}?" if close else f"use ({'|'.join(SLO_METRICS)})_({'|'.join(SLO_STATISTICS)})_s"
             raise InputError(f"slo.{key}", limit_s, "is not a limit that kvsim knows", fix)
         if not (np.isfinite(limit_s) and limit_s > 0):
             raise InputError(f"slo.{key}", limit_s, "must be a positive number of seconds")

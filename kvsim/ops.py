@@ -7,23 +7,26 @@ launch on one layer unless it says otherwise.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 
-class Gemm(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Gemm:
     """``[m, k] @ [k, n]`` with weights stored in `weight_dtype` (activations 16 bit unless both sides are 8 bit)."""
 
-    kind = "gemm"
+    kind: ClassVar[str] = "gemm"
     m: int
     n: int
     k: int
     weight_dtype: str
 
 
-class PrefillAttention(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PrefillAttention:
     """Causal attention of `new_tokens` queries over themselves and `prior_tokens` of cache, one sequence, one layer."""
 
-    kind = "prefill_attention"
+    kind: ClassVar[str] = "prefill_attention"
     new_tokens: int
     prior_tokens: int
     q_heads: int
@@ -38,7 +41,8 @@ class PrefillAttention(NamedTuple):
         return 4.0 * self.q_heads * self.head_dim * pairs
 
 
-class DecodeAttention(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DecodeAttention:
     """One query token per sequence over the cache, one layer.
 
     kv_slots: (token, KV head) pairs read, summed over sequences and heads, so per-head lengths need no special case.
@@ -46,7 +50,7 @@ class DecodeAttention(NamedTuple):
     kv_format: element format of the cache ("bf16", "fp8", "int4", "kivi2", "bf16+think80", ...). layout: "paged"|"contiguous".
     """
 
-    kind = "decode_attention"
+    kind: ClassVar[str] = "decode_attention"
     batch: int
     q_heads: int
     kv_heads: int
@@ -67,47 +71,52 @@ class DecodeAttention(NamedTuple):
         return 4.0 * self.kv_slots * self.head_dim * self.q_heads / self.kv_heads
 
 
-class MixedAttention(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class MixedAttention:
     """A prefill chunk and a decode batch in one launch, one layer: not the sum of the two (serving physics, item 7)."""
 
-    kind = "mixed_attention"
+    kind: ClassVar[str] = "mixed_attention"
     prefill: PrefillAttention
     decode: DecodeAttention
 
 
-class Elementwise(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Elementwise:
     """Norms, rotary embedding, activation functions, residual additions: bound by `bytes_moved`."""
 
-    kind = "elementwise"
+    kind: ClassVar[str] = "elementwise"
     name: str
     bytes_moved: int
 
 
-class Collective(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Collective:
     """`name` is "all_reduce" or "all_gather"; message_bytes per rank over num_gpus in one node. eager: outside a CUDA graph."""
 
-    kind = "collective"
+    kind: ClassVar[str] = "collective"
     name: str
     message_bytes: int
     num_gpus: int
     eager: bool = False
 
 
-class Copy(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Copy:
     """Bytes over a link: "hbm" (device to device, read and written once each) or "host" (PCIe or NVLink-C2C, one direction)."""
 
-    kind = "copy"
+    kind: ClassVar[str] = "copy"
     link: str
     num_bytes: int
 
 
-class PolicyKernel(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PolicyKernel:
     """A compression kernel (`kernels/` holds the real ones): bytes and FLOPs of `num_launches` launches together.
 
     owner: "policy", or "engine" for what an engine does to its cache whatever the policy (concatenation, beam reorder).
     """
 
-    kind = "policy"
+    kind: ClassVar[str] = "policy"
     kernel: str
     bytes_moved: float
     flops: float = 0.0
@@ -115,10 +124,11 @@ class PolicyKernel(NamedTuple):
     owner: str = "policy"
 
 
-class HostWork(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class HostWork:
     """Time on the CPU per engine step: scheduling, input preparation, sampling, output processing."""
 
-    kind = "host"
+    kind: ClassVar[str] = "host"
     engine: str
     part: str
     batch: int

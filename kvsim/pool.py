@@ -63,7 +63,8 @@ class PrefixPool(BlockPool):
 
     As in vLLM v1: free blocks wait in one queue, least recently freed first, whether they hold a known prefix or not; a
     sequence frees its last block first. A hit covers whole blocks, never the last prompt token, and only what had been
-    computed by the end of an earlier step. Where two sequences compute the same block at once, one copy is findable. One unit is one block.
+    computed by the end of an earlier step. Where two sequences compute the same block at once, one copy is findable.
+    One unit is one block.
     """
 
     shares = True

@@ -42,7 +42,7 @@ class Scenario(Frozen):
     engine: AnyEngine = Field(description="the serving engine and its settings")
     workload: WorkloadConfig = Field(description="traffic")
     policies: dict[str, list[AnyPolicy]] = Field(description="compositions of policies to compare, by name")
-    slo: dict[str, float] = Field({}, description="latency limits such as ttft_p99_s: 2.0")
+    slo: dict[str, Annotated[float, Field(strict=True)]] = Field({}, description="latency limits such as ttft_p99_s: 2.0")
     base_dir: Path = Field(Path(), exclude=True)
 
     @field_validator("policies")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from difflib import get_close_matches
 from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from kvsim.errors import InputError
+from kvsim.errors import NULL, InputError
+from kvsim.schema import default_text, short_number
 
 _RULES = {
     "greater_than": "must be > {gt}",
@@ -17,9 +19,6 @@ _RULES = {
     "less_than": "must be < {lt}",
     "less_than_equal": "must be <= {le}",
     "finite_number": "must be a finite number",
-    "int_from_float": "must be a whole number",
-    "int_type": "must be a whole number",
-    "float_type": "must be a number",
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
     "string_type": "must be text",
@@ -36,8 +35,11 @@ _RULES = {
     "union_tag_not_found": "is missing",
     "invalid_key": "must be text",
 }
-_NUMBER_PARSING = ("int_parsing", "float_parsing", "int_parsing_size")
-_UNITS = {"_per_s": "requests per second", "_s": "seconds", "_gib": "GiB", "_tokens": "tokens", "_frac": "a share from 0 to 1"}
+_NUMBERS = {
+    "int_parsing": "must be a whole number", "int_type": "must be a whole number", "int_from_float": "must be a whole number",
+    "int_parsing_size": "must be a whole number", "float_parsing": "must be a number", "float_type": "must be a number",
+}  # fmt: skip
+_UNITS = {"_per_s": "requests per second", "_s": "seconds", "_gib": "GiB", "_tokens": "tokens"}
 _EXAMPLES = {
     "gpu": "try gpu: a100-sxm-80gb; `kvsim list gpus` shows all",
     "model": "try model: llama-3.1-8b; `kvsim list models` shows all",
@@ -55,11 +57,12 @@ _EXAMPLES = {
 
 class _Place(NamedTuple):
     """Where an error is. path: dotted, as the user wrote it. key: its last field. beside: the model that has the field, if one
-    has; options: the models that its value may be; block: the YAML found there."""
+    has; siblings: what else the block could have been; options: the models that its value may be."""
 
     path: str
     key: str
     beside: type[BaseModel] | None
+    siblings: tuple[type[BaseModel], ...]
     options: tuple[type[BaseModel], ...]
 
 
@@ -68,7 +71,7 @@ def input_error(error: ValidationError, model: type[BaseModel], data: Any) -> In
     problems = error.errors(include_url=False)
     # An unknown key is most often the cause of what else is wrong.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    kind, value, context = problem["type"], problem.get("input"), problem.get("ctx", {})
+    kind, value, context = problem["type"], _shown(problem.get("input")), problem.get("ctx", {})
     place = _find(problem["loc"], model, data)
     path, rule, fix = place.path, _RULES.get(kind, problem["msg"]), ""
     if kind == "extra_forbidden":
@@ -76,43 +79,47 @@ def input_error(error: ValidationError, model: type[BaseModel], data: Any) -> In
     elif kind == "missing":
         value, fix = None, _example(place)
     elif kind in ("union_tag_invalid", "union_tag_not_found"):
-        path, value = _joined(path, "kind"), value.get("kind") if isinstance(value, Mapping) else value
+        value = _shown(value.get("kind")) if kind == "union_tag_invalid" else None
+        path = _joined(path, "kind")
         fix = _did_you_mean(str(value), kinds(place.options))
     elif kind == "value_error":
         rule, _, fix = str(context.get("error", problem["msg"])).partition("; ")
-        named = re.match(r"([a-z_]\w*)(?==|: )", rule)
+        named = re.match(r"([a-z_]\w*)(?==)", rule)
         if isinstance(value, Mapping | BaseModel):
             value = None
-        if named and place.key != named[0]:
-            path, value, rule = _joined(path, rule.split(" ", 1)[0].rstrip(":")), None, rule.split(" ", 1)[-1]
-    elif kind in _NUMBER_PARSING:
-        rule = "must be a whole number" if kind != "float_parsing" else "must be a number"
-        if isinstance(value, str) and re.search(r"\d", value):
-            rule, fix = rule + " without a unit", _unit(place.key)
-        else:
-            fix = _default(place)
+        if named:
+            start, rule = rule.split(" ", 1)
+            path, value = _joined(path.rpartition(".")[0] if place.key == named[0] else path, start), None
+    elif kind in _NUMBERS:
+        rule = _NUMBERS[kind]
+        fix = (_number_fix(value, place.key, kind) if isinstance(value, str) else "") or _default(place)
+        if isinstance(value, str) and _unit_after_number(value):
+            rule += " without a unit"
     elif kind == "literal_error":
         rule = rule.format(**context).replace("'", "")
         options = re.sub("'| or", "", str(context["expected"]).replace(" or ", ", ")).split(", ")
         close = get_close_matches(str(value), options, n=1)
         fix = f"did you mean {close[0]}?" if close else _default(place)
     elif kind in ("dict_type", "list_type", "model_type", "model_attributes_type"):
-        fix = _example(place)
-    elif kind in ("string_type", "invalid_key"):
-        fix = "" if value is None or isinstance(value, list | dict) else "put it in quotes"
-        fix = fix or _example(place)
+        fix = _block_fix(place, kind, value)
+    elif kind == "invalid_key" or problem["loc"][-1] == "[key]":
+        path, value = place.path.rpartition(".")[0], None
+        rule, fix = f"has the key {place.key}, which must be text", "put it in quotes"
+    elif kind == "string_type":
+        fix = _example(place) if value is NULL or isinstance(value, list | dict) else "put it in quotes"
     else:
-        rule = rule.format(**context)
+        rule = rule.format(**{name: short_number(limit) for name, limit in context.items() if isinstance(limit, int | float)})
         fix = _default(place)
     if len(problems) > 1:
         more = f"{len(problems) - 1} more problem{'s' if len(problems) > 2 else ''} after this"
         fix = f"{fix}; {more}" if fix else more
-    return InputError(path or "scenario", "nothing" if value is None and _needs_value(kind) else value, rule, fix)
+    return InputError(path or "scenario", value, rule, fix)
 
 
 def kinds(options: Sequence[type[BaseModel]]) -> list[str]:
     """The `kind`s of a union's alternatives."""
-    return [str(name) for option in options for name in get_args(option.model_fields["kind"].annotation)]
+    tagged = [option for option in options if "kind" in option.model_fields]
+    return [str(name) for option in tagged for name in get_args(option.model_fields["kind"].annotation)]
 
 
 def models_in(annotation: Any) -> tuple[type[BaseModel], ...]:
@@ -127,12 +134,13 @@ def _find(location: Sequence[int | str], model: type[BaseModel], data: Any) -> _
     path, key = "", ""
     options: tuple[type[BaseModel], ...] = (model,)
     beside: type[BaseModel] | None = None
+    siblings: tuple[type[BaseModel], ...] = ()
     tagged = True  # whether it is known which of the options the present block is
     for part in location:
         if part == "[key]":
             break
         if not tagged and isinstance(data, Mapping) and data.get("kind") == part:
-            options, tagged = tuple(o for o in options if part in kinds([o])), True
+            siblings, options, tagged = options, tuple(o for o in options if part in kinds([o])), True
             continue
         if isinstance(part, int) and isinstance(data, list):
             path, data = f"{path}[{part}]", data[part] if part < len(data) else None
@@ -142,18 +150,48 @@ def _find(location: Sequence[int | str], model: type[BaseModel], data: Any) -> _
         beside = options[0] if len(options) == 1 else None
         field = beside.model_fields.get(key) if beside else None
         if beside:
-            options, tagged = models_in(field.annotation) if field else (), False
+            siblings = siblings if beside in siblings else ()
+            options = models_in(field.annotation) if field else ()
             tagged = len(options) <= 1
-    return _Place(path, key, beside, options)
+    return _Place(path, key, beside, siblings, options)
 
 
 def _joined(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _needs_value(kind: str) -> bool:
-    """A null that the user wrote, or left where a value should be."""
-    return kind not in ("missing", "extra_forbidden", "union_tag_invalid", "union_tag_not_found", "value_error")
+def _shown(value: Any) -> Any:
+    """As the user wrote it: YAML's null, and text that YAML took for a date."""
+    return NULL if value is None else str(value) if isinstance(value, date) else value
+
+
+def _unit_after_number(text: str) -> str:
+    """What follows a number at the start of the text; "" where there is no number, or nothing follows."""
+    match = re.match(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?\s*(.*)", text.strip())
+    return match[1] if match else ""
+
+
+def _number_fix(text: str, key: str, kind: str) -> str:
+    """What text that is no number could have meant."""
+    unit = _unit_after_number(text)
+    if unit == "%":
+        return f"write {float(text.strip().rstrip('% ')) / 100:g}"
+    if unit:
+        return f"it is in {_unit(key)}" if _unit(key) else ""
+    try:
+        number = float(text)
+    except ValueError:
+        return ""
+    return f"write {number:.0f}" if number == round(number) and kind != "float_type" else f"write {text} without quotes"
+
+
+def _block_fix(place: _Place, kind: str, value: Any) -> str:
+    """A mapping or a list is wanted where something else is."""
+    if isinstance(value, str) and value in kinds(place.options) and kind != "list_type":
+        return f"try {'' if place.path.endswith(']') else place.key + ': '}{{kind: {value}}}"
+    if kind == "list_type" and isinstance(value, Mapping):
+        return "put it in [ ]: a list of blocks"
+    return "try {kind: snapkv, budget_tokens: 1024}" if place.path.endswith("]") else _example(place)
 
 
 def _did_you_mean(given: str, known: Sequence[str]) -> str:
@@ -167,6 +205,9 @@ def _known_beside(place: _Place) -> str:
         return ""
     fields = {name: field for name, field in place.beside.model_fields.items() if not field.exclude}
     close = get_close_matches(place.key, list(fields), n=1)
+    owners = [str(model.model_fields["kind"].default) for model in place.siblings if place.key in model.model_fields]
+    if owners:
+        return f"it belongs to kind {' or '.join(owners)}"
     if close:
         return f"did you mean {close[0]}?"
     for name, field in fields.items():
@@ -187,17 +228,16 @@ def _example(place: _Place) -> str:
 
 def _description(place: _Place) -> str:
     field = _field(place)
-    return f"it is the {field.description}" if field is not None and field.description else ""
+    return f"it means: {field.description}" if field is not None and field.description else ""
 
 
 def _default(place: _Place) -> str:
-    """What to write instead: the default, or what the field is."""
+    """What to write instead: the default, or what the field means."""
     field = _field(place)
     if field is None or field.is_required() or field.default is None:
         return _description(place)
-    return f"the default is {field.default}"
+    return f"the default is {default_text(field)}"
 
 
 def _unit(key: str) -> str:
-    unit = next((unit for suffix, unit in _UNITS.items() if key.endswith(suffix)), "")
-    return f"it is in {unit}" if unit and not unit.startswith("a share") else f"it is {unit}" if unit else ""
+    return next((unit for suffix, unit in _UNITS.items() if key.endswith(suffix)), "")

@@ -32,7 +32,7 @@ def field_rows(model: type[BaseModel], base: type[BaseModel] | None = None) -> I
     for name, field in model.model_fields.items():
         same = name in inherited and inherited[name].default == field.default
         if name != "kind" and not field.exclude and not same:
-            yield FieldRow(name, _unit(name), _allowed(field), _default(field), field.description or "")
+            yield FieldRow(name, _unit(name), _allowed(field), default_text(field), field.description or "")
 
 
 def kind_of(model: type[BaseModel]) -> str:
@@ -57,7 +57,7 @@ def _allowed(field: FieldInfo) -> str:
         for name in _BOUNDS:
             if getattr(item, name, None) is not None:
                 bounds[name] = getattr(item, name)
-    limits = ", ".join(f"{_BOUNDS[name]} {_short(value)}" for name, value in bounds.items())
+    limits = ", ".join(f"{_BOUNDS[name]} {short_number(value)}" for name, value in bounds.items())
     kind = _kind(field.annotation)
     return f"{kind} {limits}".strip()
 
@@ -86,11 +86,12 @@ def _kind(annotation: Any) -> str:
     return next(iter(kinds), "value")
 
 
-def _short(value: Any) -> str:
+def short_number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def _default(field: FieldInfo) -> str:
+def default_text(field: FieldInfo) -> str:
+    """As one would write it in YAML."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)

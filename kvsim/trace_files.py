@@ -86,14 +86,15 @@ def _opened(field: str, path: str, base_dir: Path) -> Iterator[TextIO]:
         with opener(full, "rt", encoding="utf-8-sig", newline="") as file:
             yield file
     except FileNotFoundError:
-        raise InputError(field, path, f"must be a file; nothing at {full}", f"give a path from {base_dir}") from None
+        fix = "a relative path starts from the scenario's folder"
+        raise InputError(field, path, f"must be a file; nothing at {full}", fix) from None
     except UnicodeDecodeError as error:
         raise InputError(field, path, f"must be UTF-8 text ({error.reason})", "convert it to UTF-8") from None
     except csv.Error as error:
         fix = "check its quotes and header; very long rows fit into jsonl"
         raise InputError(field, path, f"must be a CSV file ({error})", fix) from None
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(field, path, f"must be a readable file ({error})", "check it, or copy it again") from None
+        raise InputError(field, path, f"must be a readable file ({getattr(error, 'strerror', None) or error})", "check it, or copy it again") from None
 
 
 def _header(field: str, path: str, file: TextIO) -> tuple[int, str, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -39,8 +40,8 @@ PREFILL = PrefillAttention(512, 1024, 32, 8, 128, "bf16")
 DECODE = DecodeAttention(16, 32, 8, 128, kv_slots=16 * 8 * 2000, max_kv_tokens=2000, slot_bytes=512.0)
 ONE_OF_EACH: tuple[Op, ...] = (
     *(Gemm(16, 4096, 4096, dtype) for dtype in ("fp16", "bf16", "fp8", "int8", "int4")),
-    PREFILL, DECODE, DECODE._replace(kv_format="fp8", slot_bytes=256.0),
-    DECODE._replace(kv_format="kivi2", slot_bytes=96.0),
+    PREFILL, DECODE, replace(DECODE, kv_format="fp8", slot_bytes=256.0),
+    replace(DECODE, kv_format="kivi2", slot_bytes=96.0),
     MixedAttention(PREFILL, DECODE), Elementwise("norm", 10**6), Collective("all_reduce", 2**17, 4),
     Collective("all_gather", 2**17, 2, eager=True), Copy("hbm", 10**8), Copy("host", 10**8),
     PolicyKernel("score", 1e8, 1e8, 32),
@@ -59,7 +60,7 @@ def seconds(profile: DatasheetProfile, op: Op, hbm_share: float = 1.0) -> float:
 
 
 def assert_grows(profile: DatasheetProfile, op: Op, field: str, step: int) -> None:
-    larger = op._replace(**{field: getattr(op, field) + step})
+    larger = replace(op, **{field: getattr(op, field) + step})
     assert seconds(profile, larger) >= seconds(profile, op) * (1 - 1e-12), field
 
 
@@ -107,8 +108,8 @@ def test_decode_grows_with_slots_and_the_longest(name: str, op: DecodeAttention,
 
 @given(gpu_names, decodes(), counts)
 def test_decode_grows_with_sequences_of_the_same_length(name: str, op: DecodeAttention, more: int) -> None:
-    op = op._replace(max_kv_tokens=op.kv_slots // (op.batch * op.kv_heads))
-    wider = op._replace(batch=op.batch + more, kv_slots=op.kv_slots // op.batch * (op.batch + more))
+    op = replace(op, max_kv_tokens=op.kv_slots // (op.batch * op.kv_heads))
+    wider = replace(op, batch=op.batch + more, kv_slots=op.kv_slots // op.batch * (op.batch + more))
     assert seconds(PROFILES[name], wider) >= seconds(PROFILES[name], op) * (1 - 1e-12)
 
 
@@ -118,8 +119,8 @@ def test_mixed_grows_and_is_never_below_its_prefill(name: str, decode: DecodeAtt
     op = MixedAttention(prefill, decode)
     assert seconds(profile, op) >= seconds(profile, prefill)
     for larger in (
-        op._replace(prefill=prefill._replace(new_tokens=new + step)),
-        op._replace(decode=decode._replace(kv_slots=decode.kv_slots + step)),
+        replace(op, prefill=replace(prefill, new_tokens=new + step)),
+        replace(op, decode=replace(decode, kv_slots=decode.kv_slots + step)),
     ):
         assert seconds(profile, larger) >= seconds(profile, op) * (1 - 1e-12)
 
@@ -172,7 +173,7 @@ def test_no_faster_than_the_datasheet_when_cold_and_large(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "op", [Elementwise("x", 10**11), Copy("hbm", 10**11), PolicyKernel("k", 1e11), DECODE._replace(kv_slots=10**9)]
+    "op", [Elementwise("x", 10**11), Copy("hbm", 10**11), PolicyKernel("k", 1e11), replace(DECODE, kv_slots=10**9)]
 )
 def test_half_the_hbm_takes_twice_the_bandwidth_term(op: Op) -> None:
     assert seconds(A100, op, 0.5) == pytest.approx(2 * seconds(A100, op), rel=1e-3)  # launches are microseconds
@@ -210,7 +211,7 @@ def test_linear_interpolation_between_kv_knots_is_within_one_percent(op: DecodeA
     low, high = knots[i], knots[i + 1]
     middle = (low + high) // 2
     # the longest sequence is held apart: DESIGN cuts pieces where it changes
-    at = {k: seconds(A100, op._replace(kv_slots=k, max_kv_tokens=0)) for k in (low, middle, high)}
+    at = {k: seconds(A100, replace(op, kv_slots=k, max_kv_tokens=0)) for k in (low, middle, high)}
     line = at[low] + (at[high] - at[low]) * (middle - low) / (high - low)
     assert line == pytest.approx(at[middle], rel=0.01)
 
@@ -218,16 +219,16 @@ def test_linear_interpolation_between_kv_knots_is_within_one_percent(op: DecodeA
 def test_kv_formats() -> None:
     assert [kv_format_class(f) for f in ("bf16", "fp16", "fp8", "fp8_e4m3")] == ["16bit", "16bit", "fp8", "fp8"]
     assert {kv_format_class(f) for f in ("int8", "int4", "kivi2", "bf16+think80", "kivi4+think60")} == {"subbyte"}
-    full, fp8 = DECODE, DECODE._replace(kv_format="fp8", slot_bytes=256.0)
+    full, fp8 = DECODE, replace(DECODE, kv_format="fp8", slot_bytes=256.0)
     large = 10**8  # slots; serving physics, item 6: fp8 KV is 1.08-1.9 times as fast, never 2
-    assert 1.08 < seconds(A100, full._replace(kv_slots=large)) / seconds(A100, fp8._replace(kv_slots=large)) < 1.9
-    assert A100.answer(DECODE._replace(kv_format="kivi2")).source.startswith("assumed")
+    assert 1.08 < seconds(A100, replace(full, kv_slots=large)) / seconds(A100, replace(fp8, kv_slots=large)) < 1.9
+    assert A100.answer(replace(DECODE, kv_format="kivi2")).source.startswith("assumed")
 
 
 @pytest.mark.parametrize(
     "op",
     [
-        Gemm(1, 2, 3, "bf17"), DECODE._replace(kv_format="float"), PREFILL._replace(kv_dtype="x"),
+        Gemm(1, 2, 3, "bf17"), replace(DECODE, kv_format="float"), replace(PREFILL, kv_dtype="x"),
         Copy("ib", 1), Collective("broadcast", 1, 2), HostWork("orca", "schedule", 1), HostWork("vllm_v0", "nap", 1),
     ],
 )  # fmt: skip
@@ -246,7 +247,7 @@ def test_biased_multiplies_exactly_by_class_then_by_kind() -> None:
     size_class = A100.answer(DECODE).size_class
     profile = biased(A100, {("decode_attention", size_class): 1.25, "decode_attention": 3.0, "gemm": 0.5})
     assert profile.answer(DECODE).seconds == 1.25 * seconds(A100, DECODE)
-    other = DECODE._replace(kv_format="fp8")
+    other = replace(DECODE, kv_format="fp8")
     assert profile.answer(other, 0.5).seconds == 3.0 * seconds(A100, other, 0.5)
     assert profile.answer(Gemm(1, 64, 64, "bf16")).seconds == 0.5 * seconds(A100, Gemm(1, 64, 64, "bf16"))
     assert profile.answer(PREFILL) == A100.answer(PREFILL)

@@ -35,7 +35,7 @@ class Composition:
                 raise InputError(
                     field, [_kind(p) for p in policies],
                     f"must hold at most one policy that acts on {policy.dimension}: {other} and {kind} both do",
-                    f"drop {other} or {kind}",
+                    f"drop {other} or {kind}" if other != kind else f"keep one {kind}",
                 )
             by_dimension[policy.dimension] = policy
         self.policies: tuple[Policy, ...] = tuple(p for p in policies if not p.full_cache)

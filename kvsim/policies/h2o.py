@@ -40,11 +40,10 @@ class H2O(Policy):
 
     @model_validator(mode="after")
     def _one_budget(self) -> H2O:
-        if (self.kept_frac is None) == (self.budget_tokens is None):
-            raise ValueError(
-                f"kept_frac={self.kept_frac} must be given without budget_tokens={self.budget_tokens}, or the reverse; "
-                "try kept_frac: 0.2"
-            )
+        if self.kept_frac is None and self.budget_tokens is None:
+            raise ValueError("must have kept_frac or budget_tokens; try kept_frac: 0.2")
+        if self.kept_frac is not None and self.budget_tokens is not None:
+            raise ValueError(f"kept_frac={self.kept_frac} must be given without budget_tokens={self.budget_tokens}; drop one")
         if self.variant == "flexgen" and (self.kept_frac is None or self.heavy_frac != 0.5):
             raise ValueError("variant='flexgen' must have kept_frac and heavy_frac=0.5; try variant: paper")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -101,7 +102,7 @@ class KVCompress(Policy):
             return growing
         first = self._first_action(seq, group)
         if step < first:
-            return growing._replace(steps=first - step)
+            return replace(growing, steps=first - step)
         lowest, interval = self._limit(seq, group) + 1, self.interval_steps
         if interval == 1:
             return Ramp(lowest)
@@ -148,7 +149,7 @@ class KVCompress(Policy):
         if self.compression_ratio == 1:
             return (scores,)
         sort = (self._sort(shape, num_slots),) if self.interval_steps == 1 else ()
-        return (scores, *sort, compact(shape, batch * shape.num_pairs)._replace(num_launches=1))
+        return (scores, *sort, replace(compact(shape, batch * shape.num_pairs), num_launches=1))
 
     def pool_ops(self, shape: CacheShape, pool_slots: int) -> tuple[Op, ...]:
         return (metric_pool(shape, pool_slots),)
