@@ -94,7 +94,8 @@ def _opened(field: str, path: str, base_dir: Path) -> Iterator[TextIO]:
         fix = "check its quotes and header; very long rows fit into jsonl"
         raise InputError(field, path, f"must be a CSV file ({error})", fix) from None
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(field, path, f"must be a readable file ({getattr(error, 'strerror', None) or error})", "check it, or copy it again") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(field, path, f"must be a readable file ({reason})", "check it, or copy it again") from None
 
 
 def _header(field: str, path: str, file: TextIO) -> tuple[int, str, list[str]]:

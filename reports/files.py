@@ -229,5 +229,6 @@ def _plain(value: Any) -> Any:
 
 
 def _unwritable(out_dir: str | os.PathLike[str], error: OSError) -> InputError:
-    rule = f"cannot be written ({error.strerror or error})"
+    exists = isinstance(error, FileExistsError | NotADirectoryError)
+    rule = "must be a directory; a file is in the way" if exists else f"cannot be written ({error.strerror or error})"
     return InputError("--out", os.fspath(out_dir), rule, "choose another directory, or free some space")

@@ -102,7 +102,7 @@ class KVCompress(Policy):
             return growing
         first = self._first_action(seq, group)
         if step < first:
-            return replace(growing, steps=first - step)
+            return growing._replace(steps=first - step)
         lowest, interval = self._limit(seq, group) + 1, self.interval_steps
         if interval == 1:
             return Ramp(lowest)
@@ -126,7 +126,7 @@ class KVCompress(Policy):
         """Metrics of all heads ranked together: the four passes of a selection for each max_kvs_per_compression of
         them.
         """
-        return select(shape, num_slots)._replace(num_launches=4 * -(-num_slots // self.max_kvs_per_compression))
+        return replace(select(shape, num_slots), num_launches=4 * -(-num_slots // self.max_kvs_per_compression))
 
     def compress_ops(self, shape: CacheShape, seq: SequenceShape) -> tuple[Op, ...]:
         """Metrics of the prompt, and the eviction: survivors in the tail of a head's blocks move into holes, one per

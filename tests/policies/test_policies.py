@@ -440,7 +440,7 @@ def test_quantised_widths(policy: KVQuant, bits: float) -> None:
     ("kind", "fields", "message"),
     [
         (KIVI, {"group_size_tokens": 48}, "group_size_tokens=48 must divide residual_tokens=128; try 32 or 64"),
-        (H2O, {}, "kept_frac=None must be given without budget_tokens=None"),
+        (H2O, {}, "must have kept_frac or budget_tokens"),
         (H2O, {"kept_frac": 0.2, "budget_tokens": 9}, "kept_frac=0.2 must be given without budget_tokens=9"),
         (Scissorhands, {"budget_tokens": 12}, "recent_tokens=10 must be at most"),
         (Scissorhands, {"budget_tokens": 1, "recent_tokens": 0}, "drop_frac=0.5 must drop at least one token"),
