@@ -30,6 +30,7 @@ from kvsim.scenario import Scenario
 from kvsim.simulation import Replica
 from kvsim.units import PS_PER_S
 from kvsim.workload import build_source
+from kvsim.workload_fields import MAX_TIME_S
 
 SingleProgress = Callable[[str, int], None]
 
@@ -161,7 +162,10 @@ def run_policy(
         _RequestCheck(deployment, plan, ledger.pool_units), progress,
     )  # fmt: skip
     env.process(replica.serve())
-    env.run()
+    try:
+        env.run()
+    except OverflowError as error:  # of picoseconds in 64 bits
+        raise _too_long(scenario.workload.describe()) from error
     log = replica.log
     if not replica.num_finished:
         raise InputError("workload", scenario.workload.describe(), "must hold at least one request")
@@ -185,6 +189,8 @@ class _RequestCheck:
 
     def __call__(self, request: Request) -> None:
         tokens = request.prompt_tokens + request.output_tokens
+        if request.arrival_ps > MAX_TIME_S * PS_PER_S:
+            raise _too_long(f"request {request.index} at {request.arrival_ps / PS_PER_S:,.0f} s")
         if tokens <= self.harmless_tokens:
             return
         if tokens > self.max_tokens:
@@ -195,6 +201,11 @@ class _RequestCheck:
             )  # fmt: skip
         field = f"workload: request {request.index}: prompt tokens"
         check_fits(self.plan, self.pool_units, field, request.prompt_tokens, request.output_tokens)
+
+
+def _too_long(what: str) -> InputError:
+    rule = f"must be served within {MAX_TIME_S:,} s of simulated time (104 days)"
+    return InputError("workload", what, rule, "raise the rate or simulate fewer requests")
 
 
 def _kv_bytes_per_sequence(log: RunLog, unit_bytes: int) -> float:

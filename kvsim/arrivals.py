@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from kvsim.frozen import Frozen
 from kvsim.units import PS_PER_S, ps
-from kvsim.workload_fields import Count, NonNegative, Number, Positive, Rate
+from kvsim.workload_fields import Count, NonNegativeTime, Number, PositiveTime, Rate
 
 CHUNK = 4096
 """Draws per numpy call; constant, so that the first n requests do not depend on how many are asked for."""
@@ -90,8 +90,8 @@ class ClosedLoopArrivals(Frozen):
     kind: Literal["closed_loop"] = "closed_loop"
     clients: Count = Field(description="clients, each with one request in flight")
     start: Literal["together", "staggered"] = Field("together", description="when clients send their first request")
-    stagger_s: Positive | None = Field(None, description="seconds over which staggered starts spread")
-    think_time_s: NonNegative = Field(0.0, description="pause of a client after each answer")
+    stagger_s: PositiveTime | None = Field(None, description="seconds over which staggered starts spread")
+    think_time_s: NonNegativeTime = Field(0.0, description="pause of a client after each answer")
     requests_per_client: Count | None = Field(None, description="requests of each client, in place of num_requests")
     length_range_frac: Number = Field(
         0.0, ge=0, lt=1, description="f: lengths drawn uniformly from [1 - f, 1] of a fixed length"

@@ -48,6 +48,7 @@ class StepCosts(Prices):
         self.mixed_ps = 0
         self.prefill_ps = 0
         self.copy_ps = 0
+        self.captured_tokens = engine.captured_tokens
         self.has_prefill_policy = any(plan.prefill_ops(1, 0))
         self._side: Prices | None = None
 
@@ -80,7 +81,7 @@ class StepCosts(Prices):
         num_tokens = decodes
         for chunk in chunks:
             num_tokens += chunk[0]
-        total = self.linear[num_tokens, num_sampled].pay() + self.pool_price.pay()
+        total = self.linear[num_tokens].pay() + self.head[num_sampled].pay() + self.pool_price.pay()
         if self.has_prefill_policy:
             for chunk in chunks:
                 total += self.prefill_policy[chunk].pay()
@@ -102,7 +103,7 @@ class StepCosts(Prices):
         total += value
         for ended in compressed:
             total += self.compression[ended].pay()
-        before, floor, after = self.host[num_sampled, num_tokens]
+        before, floor, after = self.host[num_sampled, num_tokens <= self.captured_tokens]
         step: int = (total if total > floor else floor) + before + after
         self.busy_ps += step
         return step

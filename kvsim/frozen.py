@@ -1,10 +1,13 @@
-"""The base of every YAML block: immutable, unknown keys rejected, numbers finite and never true or false."""
+"""The base of every YAML block: immutable, unknown keys rejected, numbers finite, of sane size and never true or false."""
 
 from __future__ import annotations
 
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+MAX_NUMBER = 2**31 - 1
+"""Where a field has no bound of its own; keeps products of a few of them within floats and 64 bits."""
 
 
 class Frozen(BaseModel):
@@ -14,11 +17,15 @@ class Frozen(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _truth_is_no_number(cls, data: Any) -> Any:
+    def _sane_numbers(cls, data: Any) -> Any:
         """Python would take true for 1."""
         for name, value in data.items() if isinstance(data, dict) else ():
-            if isinstance(value, bool) and name in cls.model_fields:
-                annotation = cls.model_fields[name].annotation
-                if {int, float} & {annotation, *get_args(annotation)}:
-                    raise ValueError(f"{name}={str(value).lower()} must be a number; true and false are none")
+            field = cls.model_fields.get(name) if isinstance(value, int | float) else None
+            if field is None or not {int, float} & {field.annotation, *get_args(field.annotation)}:
+                continue
+            if isinstance(value, bool):
+                raise ValueError(f"{name}={str(value).lower()} must be a number; true and false are none")
+            bounded = any(hasattr(limit, "le") or hasattr(limit, "lt") for limit in field.metadata)
+            if not bounded and MAX_NUMBER < abs(value) < float("inf"):
+                raise ValueError(f"{name}={value:g} must be at most {MAX_NUMBER:,}; check its unit")
         return data

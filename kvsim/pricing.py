@@ -81,9 +81,9 @@ class Prices:
     pool_slots: (token, layer, KV head) triples that the whole block pool holds, for policies that pass over all of it.
     hbm_share: share of HBM bandwidth that is left while a side stream runs.
 
-    Lookups: linear[num_tokens, num_sampled], prefill_policy[new, prior] and compression[prompt, prefill] are Prices;
+    Lookups: linear[num_tokens], head[num_sampled], prefill_policy[new, prior] and compression[prompt, prefill] are Prices;
     prefill_attention[new, prior] is picoseconds; tables[batch] a BatchTable; single[layer_group] the attention of one sequence
-    alone; actions[policy] what a policy's action costs by slots; host[batch, tokens] picoseconds (before, beside, after).
+    alone; actions[policy] what a policy's action costs by slots; host[batch, captured] picoseconds (before, beside, after).
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Prices:
         """The last answer given for each Op label: where its numbers come from."""
         self._num_launches = engine.num_launches(model, tp)
         self.linear = _Memo(self._linear)
+        self.head = _Memo(self._head)
         self.prefill_policy = _Memo(self._prefill_policy)
         self.compression = _Memo(self._compression)
         self.prefill_attention = _Memo(self._prefill_attention)
@@ -122,13 +123,14 @@ class Prices:
 
     # -- paid as a whole ------------------------------------------------------------------------------------------
 
-    def _linear(self, num_tokens: int, num_sampled: int) -> Price:
-        """Everything but attention and policies for so many tokens, of which so many sequences are sampled."""
+    def _linear(self, num_tokens: int) -> Price:
+        """Everything but attention, head and policies for so many tokens, padded where a graph is replayed."""
         eager = not self.engine.captured(num_tokens)
-        ops = list(linear_ops(self.model, self.tp, self.weight_dtype, self.engine.padded(num_tokens), eager))
-        if num_sampled:
-            ops += head_ops(self.model, self.tp, num_sampled, eager)
-        return Price(self._answer(ops))
+        return Price(self._answer(linear_ops(self.model, self.tp, self.weight_dtype, self.engine.padded(num_tokens), eager)))
+
+    def _head(self, num_sampled: int) -> Price:
+        """From the last hidden states of so many sequences to their tokens; outside captured graphs, as in vLLM."""
+        return Price(self._answer(head_ops(self.model, self.tp, num_sampled, eager=True)) if num_sampled else {})
 
     def _prefill_policy(self, new_tokens: int, prior_tokens: int) -> Price:
         """What the policies launch with a prompt chunk."""
@@ -174,8 +176,8 @@ class Prices:
         )
         return first, max(0, last - first) // (knots[1] - knots[0])
 
-    def _host(self, batch: int, num_tokens: int) -> tuple[int, int, int]:
-        parts = self.engine.host_ops(batch, num_tokens, self._num_launches)
+    def _host(self, batch: int, captured: bool) -> tuple[int, int, int]:
+        parts = self.engine.host_ops(batch, 0 if captured else self._num_launches)
         before, beside, after = (round(sum(self._seconds(op, HOST) for op in ops) * PS_PER_S) for ops in parts)
         return before, beside, after
 
@@ -183,9 +185,10 @@ class Prices:
 
     def _table(self, batch: int) -> BatchTable:
         plan = self.plan
-        fixed = dict(self.linear[batch, batch].parts)
-        for label, value in self.pool_price.parts.items():
-            fixed[label] = fixed.get(label, 0) + value
+        fixed: dict[str, int] = {}
+        for price in (self.linear[batch], self.head[batch], self.pool_price):
+            for label, value in price.parts.items():
+                fixed[label] = fixed.get(label, 0) + value
         attention = [self._attention_curve(i, batch) for i in range(plan.num_layer_groups)]
         others = []
         for i in range(plan.num_layer_groups):
@@ -195,7 +198,7 @@ class Prices:
         if plan.slots_scalar is not None:
             knots = [0, *(1 << k for k in range(_MAX_SLOTS_LOG2))]
             others.append((plan.slots_scalar, self._curve(knots, lambda n: plan.step_ops(batch, n * plan.slots_unit))))
-        return BatchTable(batch, Price(fixed), attention, others, self.host[batch, batch])
+        return BatchTable(batch, Price(fixed), attention, others, self.host[batch, self.engine.captured(batch)])
 
     def _attention_curve(self, layer_group: int, batch: int) -> Curve:
         """Attention over all layers of a group, by units read."""
@@ -236,7 +239,7 @@ class Prices:
     def paid(self) -> dict[str, int]:
         """Picoseconds by Op label of everything paid by price or curve so far."""
         times: dict[str, int] = {}
-        prices = [self.pool_price, *self.linear.values(), *self.prefill_policy.values(), *self.compression.values()]
+        prices = [self.pool_price, *self.linear.values(), *self.head.values(), *self.prefill_policy.values(), *self.compression.values()]
         curves = [*self.single.values(), *self.actions.values()]
         for table in self.tables.values():
             prices.append(table.fixed)

@@ -11,10 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from kvsim.units import PS_PER_S
-from kvsim.workload_fields import MAX_TOKENS
-
-MAX_TIME_S = 9_000_000
-"""104 days: picoseconds within 64 bits, and no Unix epoch taken for seconds since the start."""
+from kvsim.workload_fields import MAX_TIME_S, MAX_TOKENS
 
 
 class Row(NamedTuple):

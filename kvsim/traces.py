@@ -16,7 +16,7 @@ from kvsim.requests import Request
 from kvsim.trace_files import read_rows, row_error
 from kvsim.trace_formats import FORMATS, Broken, Row
 from kvsim.units import ps, seconds
-from kvsim.workload_fields import Count, NonNegative, Number
+from kvsim.workload_fields import Count, NonNegativeTime, Number
 
 
 class TraceConfig(Frozen):
@@ -34,7 +34,7 @@ class TraceConfig(Frozen):
 
     path: str = Field(min_length=1, description="the file, plain or gzipped; relative to the scenario's folder")
     format: Literal["azure", "mooncake", "csv", "jsonl"] = Field(description="layout of the file")
-    start_s: NonNegative = Field(0.0, description="drop what arrives before it; time zero moves there")
+    start_s: NonNegativeTime = Field(0.0, description="drop what arrives before it; time zero moves there")
     limit: Count | None = Field(None, description="stop after so many requests")
     rate_scale: Number = Field(1.0, ge=1e-6, le=1e6, description="2.0 doubles the request rate")
     repeat: Count = Field(1, description="play the trace so many times over")

@@ -30,7 +30,7 @@ class WorkloadConfig(Frozen):
     num_requests: Count | None = Field(None, description="requests to simulate, warm-up included")
     trace: TraceConfig | None = Field(None, description="recorded traffic, in place of the three above")
     warmup_requests: NonNegativeCount = Field(0, description="first requests, simulated but left out of metrics")
-    seed: NonNegativeCount = Field(0, description="of the random numbers; equal seeds give equal requests")
+    seed: NonNegativeCount = Field(0, le=2**63 - 1, description="of the random numbers; equal seeds give equal requests")
 
     @model_validator(mode="after")
     def _one_kind_of_traffic(self) -> WorkloadConfig:

@@ -15,8 +15,10 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 NonNegativeCount = Annotated[int, Field(ge=0, strict=True)]
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS, strict=True)]
-Positive = Annotated[Number, Field(gt=0)]
-NonNegative = Annotated[Number, Field(ge=0)]
+MAX_TIME_S = 9_000_000
+"""104 days: picoseconds within 64 bits, and no Unix epoch taken for seconds since the start."""
+PositiveTime = Annotated[Number, Field(gt=0, le=MAX_TIME_S)]
+NonNegativeTime = Annotated[Number, Field(ge=0, le=MAX_TIME_S)]
 # Gaps from a nanosecond to weeks: outside, the unit is a mistake, and a float would no longer hold picoseconds.
 Rate = Annotated[Number, Field(ge=1e-6, le=1e9)]
 

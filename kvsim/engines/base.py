@@ -69,9 +69,14 @@ class Engine(Frozen):
 
     # -- launches and host work -----------------------------------------------------------------------------------
 
+    @property
+    def captured_tokens(self) -> int:
+        """The most tokens of a step that replays a CUDA graph; 0 where none is captured."""
+        return 0 if self.enforce_eager or not self.capture_sizes else self.capture_sizes[-1]
+
     def captured(self, num_tokens: int) -> bool:
         """Whether a step over so many tokens replays a CUDA graph."""
-        return not self.enforce_eager and bool(self.capture_sizes) and num_tokens <= self.capture_sizes[-1]
+        return num_tokens <= self.captured_tokens
 
     def padded(self, num_tokens: int) -> int:
         """Tokens that linear Ops compute: the next captured size, or the true number where none is captured."""
@@ -79,10 +84,10 @@ class Engine(Frozen):
             return num_tokens
         return next(size for size in self.capture_sizes if size >= num_tokens)
 
-    def host_ops(self, batch: int, num_tokens: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
+    def host_ops(self, batch: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
         """(before, beside, after): host work before the device starts, while it runs, and after it has ended.
 
-        batch: sequences that get a token. num_launches: kernels launched one by one where no graph is captured.
+        batch: sequences that get a token. num_launches: kernels launched one by one; 0 where a graph is replayed.
         """
         raise NotImplementedError
 

@@ -58,7 +58,7 @@ class HuggingFace(Engine):
     def num_launches(self, model: Model, tp: int) -> int:
         return model.num_layers * _LAUNCHES_PER_LAYER + _LAUNCHES_PER_STEP
 
-    def host_ops(self, batch: int, num_tokens: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
+    def host_ops(self, batch: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
         return (), (HostWork("huggingface", "launch", num_launches),), ()
 
     def cache_ops(self, shape: CacheShape, batch: int, cache_bytes: float, num_layers: int) -> SequenceOf[Op]:

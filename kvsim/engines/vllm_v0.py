@@ -62,10 +62,10 @@ class VllmV0(Engine):
                 f"raise it, or set engine.max_model_len to at most {budget}",
             )  # fmt: skip
 
-    def host_ops(self, batch: int, num_tokens: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
+    def host_ops(self, batch: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
         kind = "vllm_v0"
         beside = [HostWork(kind, "launch", batch)]
-        if not self.captured(num_tokens):
+        if num_launches:
             beside.append(HostWork(kind, "eager_launch", num_launches))
         before = (HostWork(kind, "schedule", batch), HostWork(kind, "prepare", batch))
         return before, tuple(beside), (HostWork(kind, "sample", batch), HostWork(kind, "process", batch))

@@ -62,9 +62,9 @@ class VllmV1(Engine):
     def block_tokens(self) -> int:
         return self.block_size_tokens
 
-    def host_ops(self, batch: int, num_tokens: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
+    def host_ops(self, batch: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
         work = [HostWork("vllm_v1", part, batch) for part in ("schedule", "prepare", "launch", "sample", "process")]
-        if not self.captured(num_tokens):
+        if num_launches:
             work.append(HostWork("vllm_v1", "eager_launch", num_launches))
         return (), tuple(work), ()
 
