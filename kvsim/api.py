@@ -169,6 +169,11 @@ def run_policy(
     log = replica.log
     if not replica.num_finished:
         raise InputError("workload", scenario.workload.describe(), "must hold at least one request")
+    if scenario.workload.warmup_requests >= replica.num_finished:
+        rule = f"must be below the number of requests, {replica.num_finished}"
+        raise InputError(
+            "workload.warmup_requests", scenario.workload.warmup_requests, rule, f"try {replica.num_finished // 10}"
+        )
     notes += source.notes()
     summary = summarize(log, warmup_requests=scenario.workload.warmup_requests, slo=scenario.slo)
     return PolicyResult(

@@ -27,5 +27,5 @@ class Frozen(BaseModel):
                 raise ValueError(f"{name}={str(value).lower()} must be a number; true and false are none")
             bounded = any(hasattr(limit, "le") or hasattr(limit, "lt") for limit in field.metadata)
             if not bounded and MAX_NUMBER < abs(value) < float("inf"):
-                raise ValueError(f"{name}={value:g} must be at most {MAX_NUMBER:,}; check its unit")
+                raise ValueError(f"{name}={value:,} must be at most {MAX_NUMBER:,}; check its unit")
         return data

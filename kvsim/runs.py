@@ -195,75 +195,70 @@ def _leader(lines: list[tuple[int, int]], offset: int) -> tuple[int, int, int]:
 # -- short sawtooths --------------------------------------------------------------------------------------------------
 
 
-class _ToothStep(NamedTuple):
-    """One step of a sawtooth's period: its cost, and what to enter into the account when it is run."""
-
-    cost_ps: int
-    ahead_ps: int
-    charges: list[tuple[Curve, int]]
-
-
 def _sawtooth(costs: StepCosts, batch: DecodeBatch, table: BatchTable, limit: int, max_steps: int) -> Run:
     """One period is costed step by step, then repeated while nothing else grows."""
-    period = batch.period
+    period, teeth, number = batch.period, batch.teeth, batch.num_periodic
+    read, growth, units, curves = batch.read, batch.growth, batch.tooth_units, table.curves
+    floor_ps, host_ps = table.floor_ps, table.host_ps
     skewed = batch.size > 1 and _may_be_skewed(costs, batch, table)
-    flat = not any(batch.growth)
+    flat = not any(growth)
     done = elapsed = 0
     pieces: list[Piece] = []
     while done < max_steps:
-        steps, reached = [], elapsed
+        residue = (batch.step + 1 + done) % period
+        phases = batch.tooth_sum(residue)
+        reached, lengths = elapsed, []
+        charges: list[tuple[Curve, int, int]] = []  # curve, cell, units into the cell
+        ahead_ps = 0
         for offset in range(done, min(done + period, max_steps)):
-            step = _tooth_step(costs, batch, table, offset, skewed)
-            steps.append(step)
-            reached += step.cost_ps
+            device = table.fixed.total_ps
+            for i, curve in curves:
+                x = read[i] + growth[i] * offset + units[i] * phases
+                cell = bisect_right(curve.xs, x) - 1
+                x -= curve.xs[cell]
+                device += curve.ys[cell] + curve.ms[cell] * x
+                charges.append((curve, cell, x))
+            if skewed:
+                for i, curve in enumerate(table.attention):
+                    value = curve(read[i] + growth[i] * offset + units[i] * phases)
+                    ahead = max(0, costs.single[i](batch.longest(i, offset)) - value)
+                    device += ahead
+                    ahead_ps += ahead
+            for i, by_residue in enumerate(batch.tooth_actions):
+                slots = by_residue[residue]
+                if not offset:  # what sequences do that have just turned happens in the run's first step alone
+                    slots += batch.actions[i]
+                if slots:
+                    curve = costs.actions[i]
+                    cell = bisect_right(curve.xs, slots) - 1
+                    x = slots - curve.xs[cell]
+                    device += curve.ys[cell] + curve.ms[cell] * x
+                    charges.append((curve, cell, x))
+            step = (device if device > floor_ps else floor_ps) + host_ps
+            lengths.append(step)
+            reached += step
             if reached >= limit:
                 break
+            residue = residue + 1 if residue + 1 < period else 0
+            phases += number - period * teeth[residue]
         repeats = 1
-        # What sequences do that have just turned happens in the run's first step alone.
-        if flat and len(steps) == period and reached < limit and not (done == 0 and batch.acting):
+        if flat and len(lengths) == period and reached < limit and (done or not batch.acting):
             repeats = (max_steps - done) // period
             if limit < _NEVER:  # whole periods that end before the limit
                 repeats = min(repeats, (limit - elapsed - 1) // (reached - elapsed))
         start = elapsed
-        for step in steps:
-            pieces.append(Piece(start, step.cost_ps, 0, repeats))
-            costs.attention_ps += repeats * step.ahead_ps
-            for curve, x in step.charges:
-                curve.charge(x, repeats)
+        for step in lengths:
+            pieces.append(Piece(start, step, 0, repeats))
             if repeats == 1:
-                start += step.cost_ps
+                start += step
+        for curve, cell, x in charges:
+            curve.count[cell] += repeats
+            curve.offset[cell] += repeats * x
+        costs.attention_ps += repeats * ahead_ps
         elapsed += repeats * (reached - elapsed)
-        done += repeats * len(steps)
+        done += repeats * len(lengths)
         if elapsed >= limit:
             break
     table.fixed.times += done
     costs.busy_ps += elapsed
     return Run(done, elapsed, pieces)
-
-
-def _tooth_step(costs: StepCosts, batch: DecodeBatch, table: BatchTable, offset: int, skewed: bool) -> _ToothStep:
-    """The `offset`-th step from the batch's next."""
-    residue = (batch.step + 1 + offset) % batch.period
-    read, growth = batch.read, batch.growth
-    device, ahead = table.fixed.total_ps, 0
-    teeth = batch.tooth_sum(residue)
-    charges: list[tuple[Curve, int]] = []
-    for i, curve in enumerate(table.attention):
-        x = read[i] + growth[i] * offset + batch.tooth_units[i] * teeth
-        value = curve(x)
-        device += value
-        charges.append((curve, x))
-        if skewed:
-            ahead += max(0, costs.single[i](batch.longest(i, offset)) - value)
-    for i, curve in table.others:
-        x = read[i] + growth[i] * offset + batch.tooth_units[i] * teeth
-        device += curve(x)
-        charges.append((curve, x))
-    for i, by_residue in enumerate(batch.tooth_actions):
-        slots = by_residue[residue] + (batch.actions[i] if not offset and batch.acting else 0)
-        if slots:
-            curve = costs.actions[i]
-            device += curve(slots)
-            charges.append((curve, slots))
-    device += ahead
-    return _ToothStep((device if device > table.floor_ps else table.floor_ps) + table.host_ps, ahead, charges)

@@ -52,9 +52,6 @@ class HuggingFace(Engine):
     def block_tokens(self) -> int:
         return 1
 
-    def captured(self, num_tokens: int) -> bool:
-        return False
-
     def num_launches(self, model: Model, tp: int) -> int:
         return model.num_layers * _LAUNCHES_PER_LAYER + _LAUNCHES_PER_STEP
 
