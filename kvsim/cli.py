@@ -33,9 +33,13 @@ SECTION_NAMES = (
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code (see EXIT_CODES)."""
     try:
-        code = cli.main(args=argv, prog_name="kvsim", standalone_mode=False)
+        # Not cli.main(), which makes exit codes of its own out of what is caught below.
+        with cli.make_context("kvsim", sys.argv[1:] if argv is None else list(argv)) as context:
+            code = cli.invoke(context)
         sys.stdout.flush()
         return code if isinstance(code, int) else DONE
+    except click.exceptions.Exit as stopped:  # --help and --version
+        return stopped.exit_code
     except BrokenPipeError:
         # Whoever read has had enough; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

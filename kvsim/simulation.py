@@ -148,12 +148,15 @@ class Replica:
         run = costs.decode_run(batch, limit, step.max_steps)
         if step.swapped_units:
             run = self._swap(run, step.swapped_units)
-        self._grow(batch.units_needed(run.steps))
         if self._stalled:
             self._record_stalls(now)
         size, waiting, held = batch.size, len(scheduler.waiting), pool.capacity_units - pool.free_units
+        units, done = 0, 0
         for start, first, growth, steps in run.pieces:
-            self.log.steps.extend((now + start, first, growth, steps, size, 0, 0, held, waiting))
+            done += steps
+            units = batch.units_needed(done)
+            self.log.steps.extend((now + start, first, growth, steps, size, 0, 0, held + units, waiting))
+        self._grow(units)
         return run
 
     def _grow(self, units: int) -> None:

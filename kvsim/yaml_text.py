@@ -8,6 +8,7 @@ import yaml
 
 from kvsim.errors import InputError
 
+MAX_DEPTH = 100
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -27,6 +28,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 def parse_yaml(field: str, text: str, source: str) -> Any:
     """The data in `text`. field and source (a path, or the text itself) name it in the InputError for text that is no YAML."""
     try:
+        _check_depth(field, text, source)
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -35,5 +37,12 @@ def parse_yaml(field: str, text: str, source: str) -> Any:
         raise InputError(field, source, f"is not valid YAML{where}: {problem}", "correct that place") from None
     except ValueError as error:  # such as the date 2024-13-01
         raise InputError(field, source, f"is not valid YAML: {error}", "put such text in quotes") from None
-    except RecursionError:
-        raise InputError(field, source, "is not valid YAML: it is nested too deeply", "check its brackets") from None
+
+
+def _check_depth(field: str, text: str, source: str) -> None:
+    """libyaml builds nested data by recursion in C, which would end the process."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise InputError(field, source, f"is nested more than {MAX_DEPTH} deep", "check its brackets")

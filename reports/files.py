@@ -52,11 +52,12 @@ def write_outputs(
     if requests_format not in ("csv", "parquet"):
         raise InputError("requests_format", requests_format, "must be csv or parquet")
     target = Path(out_dir)
+    new = _missing(target)
     try:
-        is_new = not target.exists()
         target.mkdir(parents=True, exist_ok=True)
         workspace = Path(tempfile.mkdtemp(prefix=".kvsim-", dir=target))
     except OSError as error:
+        _remove_empty(new)
         raise _unwritable(out_dir, error) from error
     try:
         (workspace / "summary.json").write_text(to_json(result), encoding="utf-8", newline="\n")
@@ -82,8 +83,7 @@ def write_outputs(
         raise _unwritable(out_dir, error) from error
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
-        if is_new and not any(target.iterdir()):
-            target.rmdir()
+        _remove_empty(new)
 
 
 def check_outputs(out_dir: str | os.PathLike[str], requests_format: str) -> None:
@@ -91,16 +91,25 @@ def check_outputs(out_dir: str | os.PathLike[str], requests_format: str) -> None
     if requests_format == "parquet":
         _pyarrow()
     target = Path(out_dir)
-    made = [path for path in (target, *target.parents) if not path.exists()]
+    new = _missing(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
         Path(tempfile.mkdtemp(prefix=".kvsim-", dir=target)).rmdir()
     except OSError as error:
         raise _unwritable(out_dir, error) from error
     finally:
-        for path in made:
-            if path.is_dir():
-                path.rmdir()
+        _remove_empty(new)
+
+
+def _missing(target: Path) -> list[Path]:
+    """The folders that writing there will make, innermost first."""
+    return [path for path in (target, *target.parents) if not path.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for path in folders:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def to_json(result: Result) -> str:
