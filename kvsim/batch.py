@@ -80,8 +80,8 @@ class DecodeBatch:
         self.longest_bound = [0] * plan.num_layer_groups
         """Never below the longest sequence until the batch changes again; exact when `longest` has just been asked."""
         self.members: dict[Sequence, None] = {}
-        self._block = plan.shape.block_size_tokens
-        self.need = [0] * self._block  # units that sequences take in steps of that residue
+        self.block_size = plan.shape.block_size_tokens
+        self.need = [0] * self.block_size  # units that sequences take in steps of that residue
         self.need_total = 0
         self.num_shrinking = 0
         self._lane_units, self._window_units = plan.lane_units, plan.window_units
@@ -148,7 +148,7 @@ class DecodeBatch:
             end = longest[i] + d_longest[i] * (steps - 1)
             if end > bounds[i]:
                 bounds[i] = end
-        need, size = self.need, self._block
+        need, size = self.need, self.block_size
         tokens = segment.tokens
         for lane, slope in enumerate(segment.d_tokens):
             if slope == 1:  # a block is taken in the step that begins it
@@ -162,10 +162,8 @@ class DecodeBatch:
                 self.num_shrinking += 1
         if segment.period:
             self._tooth(segment, step, 1)
-        elif segment.actions is not None:
-            self.acting = True
-            for i, slots in enumerate(segment.actions):
-                self.actions[i] += slots
+        if segment.actions is not None:
+            self._act(segment, 1)
         event = sequence.event = next(self._ids)
         heappush(self.events, (step + steps, event, sequence))
 
@@ -179,7 +177,7 @@ class DecodeBatch:
             slope = d_read[i]
             read[i] -= value + slope * done
             growth[i] -= slope
-        need, size = self.need, self._block
+        need, size = self.need, self.block_size
         held, tokens = self._window_units, segment.tokens
         for lane, slope in enumerate(segment.d_tokens):
             units, start_tokens = self._lane_units[lane], tokens[lane]
@@ -196,11 +194,16 @@ class DecodeBatch:
                 held += units * -(-start_tokens // size)
         if segment.period:
             self._tooth(segment, start, -1)
-        elif not done and segment.actions is not None:  # leaves before the step in which it would have acted
-            for i, slots in enumerate(segment.actions):
-                self.actions[i] -= slots
-            self.acting = any(self.actions)
+        if not done and segment.actions is not None:  # leaves before the step in which it would have acted
+            self._act(segment, -1)
         return held
+
+    def _act(self, segment: Segment, sign: int) -> None:
+        """Policies act on the sequence in the next step; sign -1 takes it back."""
+        assert segment.actions is not None
+        for i, slots in enumerate(segment.actions):
+            self.actions[i] += sign * slots
+        self.acting = any(self.actions)
 
     def _tooth(self, segment: Segment, start: int, sign: int) -> None:
         if segment.period != self.period:
@@ -210,19 +213,18 @@ class DecodeBatch:
         residue = (start + 1 - segment.phase) % self.period
         self.teeth[residue] += sign
         self.num_periodic += sign
-        if segment.actions is not None:
-            for i, slots in enumerate(segment.actions):
-                self.tooth_actions[i][residue] += sign * slots
+        for i, slots in enumerate(segment.tooth_actions):
+            self.tooth_actions[i][residue] += sign * slots
 
     # -- time -----------------------------------------------------------------------------------------------------
 
     def next_units(self) -> int:
         """Pool units that the next step takes, net of what shrinking lanes give back."""
-        return self.need[(self.step + 1) % self._block]
+        return self.need[(self.step + 1) % self.block_size]
 
     def units_needed(self, steps: int) -> int:
         """Pool units that the next `steps` steps take, net of what shrinking lanes give back."""
-        need, size = self.need, self._block
+        need, size = self.need, self.block_size
         cycles = steps // size
         taken = cycles * self.need_total
         first = (self.step + 1) % size
@@ -234,15 +236,15 @@ class DecodeBatch:
     def steps_within(self, free_units: int, max_steps: int) -> int:
         """How many of the next `max_steps` steps the pool can feed with `free_units`."""
         if not self.num_shrinking:
-            if (max_steps // self._block + 1) * self.need_total <= free_units or not self.need_total:
+            if not self.need_total:
                 return max_steps
             cycles = free_units // self.need_total  # each whole cycle takes need_total
-            if cycles * self._block >= max_steps:
+            if cycles * self.block_size >= max_steps:
                 return max_steps
-            left, done = free_units - cycles * self.need_total, cycles * self._block
+            left, done = free_units - cycles * self.need_total, cycles * self.block_size
         else:
             left, done = free_units, 0
-        size = self._block
+        size = self.block_size
         while done < max_steps:
             left -= self.need[(self.step + 1 + done) % size]
             if left < 0:
@@ -260,10 +262,8 @@ class DecodeBatch:
     def advance(self, steps: int) -> None:
         """`steps` steps have been run."""
         self.step += steps
-        read = self.read
         for i, growth in enumerate(self.growth):
-            if growth:
-                read[i] += steps * growth
+            self.read[i] += steps * growth
         if self.acting:
             self.acting = False
             self.actions = [0] * len(self.actions)
@@ -281,11 +281,8 @@ class DecodeBatch:
 
     def tooth_sum(self, step: int) -> int:
         """Sum over periodic sequences of their phase in that step."""
-        period, total = self.period, 0
-        for residue, number in enumerate(self.teeth):
-            if number:
-                total += number * ((step - residue) % period)
-        return total
+        period = self.period
+        return sum([number * ((step - residue) % period) for residue, number in enumerate(self.teeth) if number])
 
     def reads(self) -> list[int]:
         """Scalar units that the next step reads."""
@@ -318,3 +315,63 @@ class DecodeBatch:
             if value > lines.get(slope, -1):
                 lines[slope] = value
         return [(value, slope) for slope, value in lines.items()]
+
+
+class PlainBatch(DecodeBatch):
+    """A batch whose plan has one scalar and one lane that never shrinks: the same sums, without the loops over them."""
+
+    def advance(self, steps: int) -> None:
+        self.step += steps
+        self.read[0] += steps * self.growth[0]
+        if self.acting:
+            self.acting = False
+            self.actions = [0] * len(self.actions)
+
+    def _enter(self, sequence: Sequence, segment: Segment) -> None:
+        step = self.step
+        sequence.segment, sequence.segment_start = segment, step
+        steps, last = segment.steps, sequence.finish_step - step
+        if steps > last:
+            steps = last
+        self.read[0] += segment.read[0]
+        end = segment.longest[0]
+        slope = segment.d_read[0]
+        if slope:
+            self.growth[0] += slope
+            end += segment.d_longest[0] * (steps - 1)
+        if end > self.longest_bound[0]:
+            self.longest_bound[0] = end
+        if segment.d_tokens[0]:
+            units = self._lane_units[0]
+            self.need[(step + 2 - segment.tokens[0]) % self.block_size] += units
+            self.need_total += units
+        if segment.period:
+            self._tooth(segment, step, 1)
+        if segment.actions is not None:
+            self._act(segment, 1)
+        event = sequence.event = next(self._ids)
+        heappush(self.events, (step + steps, event, sequence))
+
+    def _exit(self, sequence: Sequence) -> int:
+        segment, start = sequence.segment, sequence.segment_start
+        assert segment is not None
+        done = self.step - start
+        slope, tokens, units = segment.d_read[0], segment.tokens[0], self._lane_units[0]
+        self.read[0] -= segment.read[0] + slope * done
+        self.growth[0] -= slope
+        held = self._window_units
+        if segment.d_tokens[0]:
+            self.need[(start + 2 - tokens) % self.block_size] -= units
+            self.need_total -= units
+            tokens += done - 1
+        if segment.period:
+            self._tooth(segment, start, -1)
+        if not done and segment.actions is not None:
+            self._act(segment, -1)
+        return held + units * -(-tokens // self.block_size)
+
+
+def decode_batch(plan: CachePlan) -> DecodeBatch:
+    """The batch for a plan."""
+    plain = plan.num_scalars == 1 and len(plan.lanes) == 1
+    return PlainBatch(plan) if plain else DecodeBatch(plan)

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kvsim.batch import DecodeBatch
-from kvsim.cost_types import Chunk
+from kvsim.cost_types import Chunk, Run
 from kvsim.engines.base import Engine
 from kvsim.model import Model
 from kvsim.ops import Copy, MixedAttention, PrefillAttention
 from kvsim.policies.compose import CachePlan
 from kvsim.pricing import ATTENTION, HOST, BatchTable, Prices
 from kvsim.profile import Answer, Profile
-from kvsim.runs import Run, decode_run
+from kvsim.runs import decode_run
 
 
 class DecodeState(Protocol):

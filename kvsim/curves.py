@@ -41,6 +41,15 @@ class Curve:
         self.count = [0] * len(cells)
         self.offset = [0] * len(cells)
 
+    def plus(self, other: Curve) -> Curve:
+        """The sum of two curves over the same knots, with an account of its own."""
+        assert self.knots == other.knots and not self.parts.keys() & other.parts.keys()
+        total = Curve(self.knots, {})
+        total.parts = {**self.parts, **other.parts}
+        total.ys = [a + b for a, b in zip(self.ys, other.ys, strict=True)]
+        total.ms = [a + b for a, b in zip(self.ms, other.ms, strict=True)]
+        return total
+
     def __call__(self, x: int) -> int:
         """Picoseconds at x units."""
         i = bisect_right(self.xs, x) - 1

@@ -20,16 +20,15 @@ class BlockPool:
         self.free_units = capacity_units
         self.allocated = 0  # ever
         self.released = 0
-        self.peak_held = 0
+        self.least_free = capacity_units
 
     def take(self, units: int) -> None:
         """Allocates units; the caller has checked that they are free."""
-        self.free_units -= units
+        free = self.free_units = self.free_units - units
         self.allocated += units
-        assert self.free_units >= 0, "allocated more than the pool holds"
-        held = self.capacity_units - self.free_units
-        if held > self.peak_held:
-            self.peak_held = held
+        if free < self.least_free:
+            assert free >= 0, "allocated more than the pool holds"
+            self.least_free = free
 
     def give(self, units: int) -> None:
         """Frees units."""

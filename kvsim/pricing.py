@@ -5,7 +5,7 @@ A `Price` is paid as a whole; a `Curve` (kvsim/curves.py) by what a step reads. 
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -41,11 +41,12 @@ class BatchTable:
     """Everything that depends on the number of decoding sequences alone.
 
     attention: a curve for each layer group, over what its attention reads. others: (scalar, curve) of the rest.
-    mixed: attention beside a prompt chunk, by (chunk, layer group, cell of its curve): value at the cell's start, and slope.
+    curves: all of them with their scalars; lone: their sum, where all are over one scalar. mixed: attention
+    beside a prompt chunk, by (chunk, layer group, cell of its curve): value at the cell's start, and slope.
     A step takes `host_ps + max(floor_ps, device)`.
     """
 
-    __slots__ = ("attention", "batch", "curves", "fixed", "floor_ps", "host_ps", "mixed", "others")
+    __slots__ = ("attention", "batch", "curves", "fixed", "floor_ps", "host_ps", "lone", "mixed", "others")
 
     def __init__(
         self, batch: int, fixed: Price, attention: list[Curve], others: list[tuple[int, Curve]],
@@ -54,6 +55,11 @@ class BatchTable:
         self.batch, self.fixed, self.attention, self.others = batch, fixed, attention, others
         self.mixed: dict[tuple[Chunk, int, int], tuple[int, int]] = {}
         self.curves = [*enumerate(attention), *others]
+        self.lone: Curve | None = None
+        if len(self.curves) == 1:
+            self.lone = attention[0]
+        elif len(attention) == 1 and len(others) == 1 and others[0][0] == 0:
+            self.lone = attention[0].plus(others[0][1])
         before, self.floor_ps, after = host_ps
         self.host_ps = before + after
 
@@ -204,6 +210,8 @@ class Prices:
         """Attention over all layers of a group, by units read."""
         plan, layers = self.plan, self.plan.layers_of[layer_group]
         slots = self.profile.kv_knots(plan.attention(layer_group, batch, 0, 0))
+        most = max(self.pool_slots // plan.shape.num_layers, 1)  # no step reads more than the pool holds
+        slots = slots[: bisect_left(slots, most) + 1]
         knots = sorted({round(plan.units_of_slots(layer_group, number)) for number in slots} | {0})
         ops = (plan.attention(layer_group, batch, units, units / batch) for units in knots)
         return Curve(knots, {ATTENTION: [layers * self._seconds(op, ATTENTION) for op in ops]})
@@ -228,6 +236,8 @@ class Prices:
 
     def _curve(self, knots: Sequence[int], ops_at: Callable[[int], Iterable[Op]]) -> Curve:
         seconds: dict[str, list[float]] = {}
+        if not any(ops_at(knots[-1])):
+            return Curve(knots, seconds)
         for i, units in enumerate(knots):
             for op in ops_at(units):
                 label = op_label(op)
@@ -239,11 +249,14 @@ class Prices:
     def paid(self) -> dict[str, int]:
         """Picoseconds by Op label of everything paid by price or curve so far."""
         times: dict[str, int] = {}
-        prices = [self.pool_price, *self.linear.values(), *self.head.values(), *self.prefill_policy.values(), *self.compression.values()]
+        memos = (self.linear, self.head, self.prefill_policy, self.compression)
+        prices = [self.pool_price, *(price for memo in memos for price in memo.values())]
         curves = [*self.single.values(), *self.actions.values()]
         for table in self.tables.values():
             prices.append(table.fixed)
-            curves += [*table.attention, *(curve for _, curve in table.others)]
+            curves += [curve for _, curve in table.curves]
+            if table.lone is not None and table.lone is not table.attention[0]:
+                curves.append(table.lone)
         for price in prices:
             for label, value in price.parts.items():
                 times[label] = times.get(label, 0) + price.times * value

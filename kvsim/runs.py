@@ -7,8 +7,9 @@ pace; some sequences are in a short sawtooth.
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from kvsim.cost_types import Piece, Run
 from kvsim.curves import Curve, steps_to_reach
 
 if TYPE_CHECKING:
@@ -19,95 +20,124 @@ if TYPE_CHECKING:
 _NEVER = 1 << 60
 
 
-class Piece(NamedTuple):
-    """Steps of straight length inside a run: `steps` steps, the first of `first_ps`, each `growth_ps` longer."""
-
-    start_ps: int
-    first_ps: int
-    growth_ps: int
-    steps: int
-
-
-class Run(NamedTuple):
-    """A run of decode steps: how many, how long together, and its pieces. Pieces of a sawtooth interleave."""
-
-    steps: int
-    elapsed_ps: int
-    pieces: list[Piece]
-
-
 def decode_run(costs: StepCosts, batch: DecodeBatch, limit_ps: int | None, max_steps: int) -> Run:
     """See `StepCosts.decode_run`."""
     table: BatchTable = costs.tables[batch.size]
     limit = _NEVER if limit_ps is None else limit_ps
     if batch.num_periodic:
         return _sawtooth(costs, batch, table, limit, max_steps)
+    if table.lone is not None and not batch.acting:
+        return _lone(costs, batch, table, table.lone, limit, max_steps)
     done = elapsed = 0
     pieces: list[Piece] = []
     if batch.acting:  # what policies do in the first step makes it unlike the others
         elapsed, done = costs.decode_step(batch), 1
-        pieces.append(Piece(0, elapsed, 0, 1))
+        pieces.append((0, elapsed, 0, 1))
         if max_steps == 1 or elapsed >= limit:
-            return Run(1, elapsed, pieces)
+            return 1, elapsed, pieces
     if batch.size > 1 and _may_be_skewed(costs, batch, table):
         return _skewed(costs, batch, table, limit, max_steps, done, elapsed, pieces)
     return _straight(costs, batch, table, limit, max_steps, done, elapsed, pieces)
 
 
+def _alone_ps(costs: StepCosts, layer_group: int, units: int) -> int:
+    """Attention of one sequence alone that reads so many units; the same few are asked again and again."""
+    memo = costs.alone_ps[layer_group]
+    value = memo.get(units)
+    if value is None:
+        value = memo[units] = costs.single[layer_group](units)
+    return value
+
+
 def _may_be_skewed(costs: StepCosts, batch: DecodeBatch, table: BatchTable) -> bool:
     """False where even the longest sequence at its end costs less alone than the batch does now."""
-    for i, curve in enumerate(table.attention):
-        bound = batch.longest_bound[i]
-        alone = costs.alone_ps[i].get(bound)
-        if alone is None:
-            alone = costs.alone_ps[i][bound] = costs.single[i](bound)
-        if alone > curve(batch.read[i]):
-            return True
-    return False
+    read, bounds = batch.read, batch.longest_bound
+    return any(_alone_ps(costs, i, bounds[i]) > curve(read[i]) for i, curve in enumerate(table.attention))
 
 
 def _straight(
     costs: StepCosts, batch: DecodeBatch, table: BatchTable, limit: int, max_steps: int,
     done: int, elapsed: int, pieces: list[Piece],
 ) -> Run:  # fmt: skip
-    floor_ps, host_ps = table.floor_ps, table.host_ps
+    """Every curve is followed along its cells; a piece ends where one of them comes to a knot."""
+    read, growth = batch.read, batch.growth
     first_of_run, time_before = done, elapsed
-    while done < max_steps:
+    while done < max_steps and elapsed < limit:
         steps, first, slope = max_steps - done, table.fixed.total_ps, 0
         cells = []
         for i, curve in table.curves:
-            d = batch.growth[i]
-            x = batch.read[i] + d * done
-            xs = curve.xs
-            cell = bisect_right(xs, x) - 1
-            m = curve.ms[cell]
-            inside = x - xs[cell]
-            first += curve.ys[cell] + m * inside
+            d = growth[i]
+            x = read[i] + d * done
+            cell = bisect_right(curve.xs, x) - 1
             if d:
-                slope += m * d
-                room = -((x - xs[cell + 1]) // d)  # steps that begin inside the cell
-                if room < steps:
-                    steps = room
-            cells.append((curve, cell, inside, d))
-        if first < floor_ps:
-            if slope and first + slope * (steps - 1) > floor_ps:
-                steps = -((first - floor_ps) // slope)  # the steps that stay below what the host takes
-            first, slope = floor_ps, 0
-        first += host_ps
-        if limit < _NEVER:
-            steps = steps_to_reach(limit - elapsed, first, slope, steps)
-        pieces.append(Piece(elapsed, first, slope, steps))
+                slope += curve.ms[cell] * d
+                steps = min(steps, -((x - curve.xs[cell + 1]) // d))  # steps that begin inside the cell
+            x -= curve.xs[cell]
+            first += curve.ys[cell] + curve.ms[cell] * x
+            cells.append((curve, cell, x, d))
+        if first < table.floor_ps:
+            if slope and first + slope * (steps - 1) > table.floor_ps:
+                steps = -((first - table.floor_ps) // slope)  # the steps that stay below what the host takes
+            first, slope = table.floor_ps, 0
+        first += table.host_ps
+        steps = steps_to_reach(limit - elapsed, first, slope, steps)
+        pieces.append((elapsed, first, slope, steps))
         triangle = steps * (steps - 1) // 2
         elapsed += steps * first + slope * triangle
         done += steps
-        for curve, cell, inside, d in cells:
+        for curve, cell, x, d in cells:
             curve.count[cell] += steps
-            curve.offset[cell] += steps * inside + d * triangle
-        if elapsed >= limit:
-            break
+            curve.offset[cell] += steps * x + d * triangle
     table.fixed.times += done - first_of_run
     costs.busy_ps += elapsed - time_before
-    return Run(done, elapsed, pieces)
+    return done, elapsed, pieces
+
+
+def _lone(costs: StepCosts, batch: DecodeBatch, table: BatchTable, curve: Curve, limit: int, max_steps: int) -> Run:
+    """`_straight` over one scalar, which is what nearly every run is: written out, since whole simulations hang on it."""
+    xs, d, x = curve.xs, batch.growth[0], batch.read[0]
+    cell = bisect_right(xs, x) - 1
+    m = curve.ms[cell]
+    inside = x - xs[cell]
+    first = curve.ys[cell] + m * inside
+    if batch.size > 1:
+        attention = first if curve is table.attention[0] else table.attention[0](x)
+        if _alone_ps(costs, 0, batch.longest_bound[0]) > attention:
+            return _skewed(costs, batch, table, limit, max_steps, 0, 0, [])
+    done = elapsed = 0
+    pieces: list[Piece] = []
+    fixed, floor_ps = table.fixed, table.floor_ps
+    while True:
+        steps, first, slope = max_steps - done, first + fixed.total_ps, m * d
+        if d:
+            room = -((x - xs[cell + 1]) // d)
+            if room < steps:
+                steps = room
+        if first < floor_ps:
+            if slope and first + slope * (steps - 1) > floor_ps:
+                steps = -((first - floor_ps) // slope)
+            first, slope = floor_ps, 0
+        first += table.host_ps
+        triangle = steps * (steps - 1) // 2
+        ends = elapsed + steps * first + slope * triangle
+        if ends > limit:
+            steps = steps_to_reach(limit - elapsed, first, slope, steps)
+            triangle = steps * (steps - 1) // 2
+            ends = elapsed + steps * first + slope * triangle
+        pieces.append((elapsed, first, slope, steps))
+        curve.count[cell] += steps
+        curve.offset[cell] += steps * inside + d * triangle
+        elapsed = ends
+        done += steps
+        if done == max_steps or elapsed >= limit:
+            fixed.times += done
+            costs.busy_ps += elapsed
+            return done, elapsed, pieces
+        x += d * steps
+        cell = bisect_right(xs, x) - 1
+        m = curve.ms[cell]
+        inside = x - xs[cell]
+        first = curve.ys[cell] + m * inside
 
 
 # -- the longest sequence sets the pace ------------------------------------------------------------------------------
@@ -157,7 +187,7 @@ def _skewed(
         first += table.host_ps
         if limit < _NEVER:
             steps = steps_to_reach(limit - elapsed, first, slope, steps)
-        pieces.append(Piece(elapsed, first, slope, steps))
+        pieces.append((elapsed, first, slope, steps))
         triangle = steps * (steps - 1) // 2
         elapsed += steps * first + slope * triangle
         done += steps
@@ -170,7 +200,7 @@ def _skewed(
             break
     table.fixed.times += done - first_of_run
     costs.busy_ps += elapsed - time_before
-    return Run(done, elapsed, pieces)
+    return done, elapsed, pieces
 
 
 def _line(curve: Curve, x: int, d: int) -> tuple[int, int, int]:
@@ -196,44 +226,40 @@ def _leader(lines: list[tuple[int, int]], offset: int) -> tuple[int, int, int]:
 
 
 def _sawtooth(costs: StepCosts, batch: DecodeBatch, table: BatchTable, limit: int, max_steps: int) -> Run:
-    """One period is costed step by step, then repeated while nothing else grows."""
-    period, teeth, number = batch.period, batch.teeth, batch.num_periodic
-    read, growth, units, curves = batch.read, batch.growth, batch.tooth_units, table.curves
-    floor_ps, host_ps = table.floor_ps, table.host_ps
+    """One period is costed step by step, then repeated while nothing else grows. Plans with sawtooths have one scalar."""
+    period, teeth, number, curve = batch.period, batch.teeth, batch.num_periodic, table.lone
+    assert curve is not None
+    xs, ys, ms = curve.xs, curve.ys, curve.ms
+    base, growth, unit = batch.read[0], batch.growth[0], batch.tooth_units[0]
+    fixed_ps, floor_ps, host_ps = table.fixed.total_ps, table.floor_ps, table.host_ps
     skewed = batch.size > 1 and _may_be_skewed(costs, batch, table)
-    flat = not any(growth)
     done = elapsed = 0
     pieces: list[Piece] = []
     while done < max_steps:
         residue = (batch.step + 1 + done) % period
         phases = batch.tooth_sum(residue)
-        reached, lengths = elapsed, []
-        charges: list[tuple[Curve, int, int]] = []  # curve, cell, units into the cell
-        ahead_ps = 0
+        reached, lengths, cells, ahead_ps = elapsed, [], [], 0
+        acted: list[tuple[Curve, int, int]] = []  # curve, cell, units into the cell
         for offset in range(done, min(done + period, max_steps)):
-            device = table.fixed.total_ps
-            for i, curve in curves:
-                x = read[i] + growth[i] * offset + units[i] * phases
-                cell = bisect_right(curve.xs, x) - 1
-                x -= curve.xs[cell]
-                device += curve.ys[cell] + curve.ms[cell] * x
-                charges.append((curve, cell, x))
+            x = base + growth * offset + unit * phases
+            cell = bisect_right(xs, x) - 1
+            inside = x - xs[cell]
+            device = fixed_ps + ys[cell] + ms[cell] * inside
+            cells.append((cell, inside))
             if skewed:
-                for i, curve in enumerate(table.attention):
-                    value = curve(read[i] + growth[i] * offset + units[i] * phases)
-                    ahead = max(0, costs.single[i](batch.longest(i, offset)) - value)
+                ahead = costs.single[0](batch.longest(0, offset)) - table.attention[0](x)
+                if ahead > 0:
                     device += ahead
                     ahead_ps += ahead
-            for i, by_residue in enumerate(batch.tooth_actions):
-                slots = by_residue[residue]
-                if not offset:  # what sequences do that have just turned happens in the run's first step alone
-                    slots += batch.actions[i]
-                if slots:
-                    curve = costs.actions[i]
-                    cell = bisect_right(curve.xs, slots) - 1
-                    x = slots - curve.xs[cell]
-                    device += curve.ys[cell] + curve.ms[cell] * x
-                    charges.append((curve, cell, x))
+            if teeth[residue] or not offset:  # what sequences do that have just turned happens in the run's first step alone
+                for i, by_residue in enumerate(batch.tooth_actions):
+                    slots = by_residue[residue] if offset else by_residue[residue] + batch.actions[i]
+                    if slots:
+                        action = costs.actions[i]
+                        cell = bisect_right(action.xs, slots) - 1
+                        inside = slots - action.xs[cell]
+                        device += action.ys[cell] + action.ms[cell] * inside
+                        acted.append((action, cell, inside))
             step = (device if device > floor_ps else floor_ps) + host_ps
             lengths.append(step)
             reached += step
@@ -242,18 +268,21 @@ def _sawtooth(costs: StepCosts, batch: DecodeBatch, table: BatchTable, limit: in
             residue = residue + 1 if residue + 1 < period else 0
             phases += number - period * teeth[residue]
         repeats = 1
-        if flat and len(lengths) == period and reached < limit and (done or not batch.acting):
+        if not growth and len(lengths) == period and reached < limit and (done or not batch.acting):
             repeats = (max_steps - done) // period
             if limit < _NEVER:  # whole periods that end before the limit
                 repeats = min(repeats, (limit - elapsed - 1) // (reached - elapsed))
         start = elapsed
         for step in lengths:
-            pieces.append(Piece(start, step, 0, repeats))
+            pieces.append((start, step, 0, repeats))
             if repeats == 1:
                 start += step
-        for curve, cell, x in charges:
+        for cell, inside in cells:
             curve.count[cell] += repeats
-            curve.offset[cell] += repeats * x
+            curve.offset[cell] += repeats * inside
+        for action, cell, inside in acted:
+            action.count[cell] += repeats
+            action.offset[cell] += repeats * inside
         costs.attention_ps += repeats * ahead_ps
         elapsed += repeats * (reached - elapsed)
         done += repeats * len(lengths)
@@ -261,4 +290,4 @@ def _sawtooth(costs: StepCosts, batch: DecodeBatch, table: BatchTable, limit: in
             break
     table.fixed.times += done
     costs.busy_ps += elapsed
-    return Run(done, elapsed, pieces)
+    return done, elapsed, pieces

@@ -11,12 +11,12 @@ import simpy
 
 from kvsim.batch import Sequence
 from kvsim.cost import StepCosts
+from kvsim.cost_types import Run
 from kvsim.engines.scheduler import Scheduler, Step
 from kvsim.ops import Copy
 from kvsim.policies.compose import CachePlan
 from kvsim.recording import RunLog
 from kvsim.requests import Request, RequestSource
-from kvsim.runs import Run
 from kvsim.units import PS_PER_S
 
 Progress = Callable[[int], None]
@@ -43,6 +43,7 @@ class Replica:
         self.side_busy_until_ps = 0
         self._stalled = False  # some sequence waits for longer than the next step lasts
         self._plan: CachePlan = costs.plan
+        self.compresses = bool(costs.plan.composition.policies)
 
     def serve(self) -> Generator[simpy.Event, None, None]:
         """The process: runs until every request has been answered."""
@@ -66,10 +67,10 @@ class Replica:
                 self.now = now + duration
                 self._end_prefill(step, now)
             else:
-                run = self._decode(step, arrival)
-                yield timeout(run.elapsed_ps)
-                self.now = now + run.elapsed_ps
-                self._advance(run.steps)
+                steps, elapsed, _ = self._decode(step, arrival)
+                yield timeout(elapsed)
+                self.now = now + elapsed
+                self._advance(steps)
         self._close()
 
     def _arrive(self, request: Request) -> None:
@@ -83,15 +84,16 @@ class Replica:
         """Costs the step and records it; returns its duration."""
         scheduler, now = self.scheduler, self.now
         batch, pool = scheduler.batch, scheduler.pool
-        chunks, ending, new_tokens, compressed = [], 0, 0, []
+        chunks, ending, new_tokens = [], 0, 0
+        compressed: list[tuple[int, int]] = []
         for sequence, chunk in step.chunks:
             chunks.append(chunk)
-            new, prior = chunk
-            new_tokens += new
-            if new + prior == sequence.prefill_tokens:
+            new_tokens += chunk[0]
+            prefill_tokens = sequence.prefill_tokens
+            if chunk[0] + chunk[1] == prefill_tokens:
                 ending += 1
-                if sequence.generated + 1 < sequence.output_tokens:
-                    compressed.append((sequence.prompt_tokens, sequence.prefill_tokens))
+                if self.compresses and sequence.generated + 1 < sequence.output_tokens:
+                    compressed.append((sequence.prompt_tokens, prefill_tokens))
         costs = self.costs
         if self.contended is not None:
             if now < self.side_busy_until_ps:
@@ -99,7 +101,7 @@ class Replica:
             self._start_side(compressed)
             compressed = []
         decodes = 0
-        if step.decodes and batch.size:
+        if step.decodes:
             decodes = batch.size
             self._grow(batch.next_units())
         elif batch.size:
@@ -112,7 +114,7 @@ class Replica:
 
     def _end_prefill(self, step: Step, started_ps: int) -> None:
         scheduler, now = self.scheduler, self.now
-        if step.decodes and scheduler.batch.size:
+        if step.decodes:
             self._advance(1)
         for sequence, chunk in step.chunks:
             sequence.computed_tokens += chunk[0]
@@ -152,9 +154,11 @@ class Replica:
             self._record_stalls(now)
         size, waiting, held = batch.size, len(scheduler.waiting), pool.capacity_units - pool.free_units
         units, done = 0, 0
-        for start, first, growth, steps in run.pieces:
+        takes = batch.need_total or batch.num_shrinking
+        for start, first, growth, steps in run[2]:
             done += steps
-            units = batch.units_needed(done)
+            if takes:
+                units = batch.units_needed(done)
             self.log.steps.extend((now + start, first, growth, steps, size, 0, 0, held + units, waiting))
         self._grow(units)
         return run
@@ -206,8 +210,8 @@ class Replica:
         moved_ps = round(answer.seconds * PS_PER_S)
         self.costs.spend_transfer(moved_ps, answer)
         self._stalled = True
-        first = run.pieces[0]
-        return Run(run.steps, run.elapsed_ps + moved_ps, [first._replace(first_ps=first.first_ps + moved_ps)])
+        steps, elapsed_ps, ((start, first, growth, _),) = run
+        return steps, elapsed_ps + moved_ps, [(start, first + moved_ps, growth, steps)]
 
     # -- records --------------------------------------------------------------------------------------------------
 
@@ -230,7 +234,8 @@ class Replica:
         assert pool.free_units == pool.capacity_units, "blocks were lost"
         log.end_ps = self.now
         log.num_preemptions = scheduler.num_preemptions
-        log.peak_held_units, log.units_allocated, log.units_freed = pool.peak_held, pool.allocated, pool.released
+        log.peak_held_units = pool.capacity_units - pool.least_free
+        log.units_allocated, log.units_freed = pool.allocated, pool.released
         log.op_ps = self.costs.op_times()
         if self.contended is not None:
             for label, value in self.contended.op_times().items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from kvsim.batch import DecodeBatch, Sequence
+from kvsim.batch import Sequence, decode_batch
 from kvsim.cost_types import Chunk
 from kvsim.policies.compose import CachePlan
 from kvsim.pool import BlockPool
@@ -31,7 +31,7 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, plan: CachePlan, max_num_seqs: int) -> None:
         self.pool, self.plan, self.max_num_seqs = pool, plan, max_num_seqs
-        self.batch = DecodeBatch(plan)
+        self.batch = decode_batch(plan)
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}  # in order of admission, prefills included
         self.num_preemptions = 0
@@ -108,7 +108,12 @@ class Scheduler:
         The caller has made sure that the pool can feed the next step.
         """
         batch = self.batch
-        steps = batch.next_event() - batch.step
-        if batch.need_total or batch.num_shrinking:
-            steps = batch.steps_within(self.pool.free_units - spare_units, steps)
+        event, number, sequence = batch.events[0]
+        if sequence.event != number:  # it was preempted
+            event = batch.next_event()
+        steps = event - batch.step
+        free = self.pool.free_units - spare_units
+        # Most pools hold far more than a run takes: a block for every growing lane in every block's worth of steps.
+        if batch.num_shrinking or (steps // batch.block_size + 1) * batch.need_total > free:
+            steps = batch.steps_within(free, steps)
         return steps if steps > 1 else 1

@@ -69,20 +69,23 @@ class Segment:
 
     read, d_read: scalar units read in the first step, and growth a step. longest, d_longest: the same for the longest head.
     tokens, d_tokens: tokens in each lane of the block pool; d_tokens is -1, 0 or 1.
-    actions: slots handled by each policy's action in the first step. With `period`, actions recur every period at phase 0,
-    the reads rise by the plan's `tooth` a step from phase 0, and `read` is their value at phase 0; `phase` is that of the
-    first step. held_units: what the sequence holds of the pool before the first step.
+    actions: slots handled by each policy's action in the first step. With `period`, reads rise by the plan's `tooth` a step from phase 0,
+    where they are `read` and where policies act on `tooth_actions` slots; `phase` is that of the first step, in which `actions`
+    come on top. held_units: what the sequence holds of the pool before the first step.
     """
 
     __slots__ = (
         "actions", "d_longest", "d_read", "d_tokens", "held_units", "longest", "period", "phase", "read", "steps", "tokens",
+        "tooth_actions",
     )  # fmt: skip
 
     def __init__(
         self, steps: int, read: tuple[int, ...], d_read: tuple[int, ...], longest: tuple[int, ...],
         d_longest: tuple[int, ...], tokens: tuple[int, ...], d_tokens: tuple[int, ...],
         actions: tuple[int, ...] | None, held_units: int, period: int = 0, phase: int = 0,
+        tooth_actions: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
+        self.tooth_actions = tooth_actions
         self.held_units = held_units
         self.steps, self.read, self.d_read, self.longest, self.d_longest = steps, read, d_read, longest, d_longest
         self.tokens, self.d_tokens, self.actions, self.period, self.phase = tokens, d_tokens, actions, period, phase
@@ -280,9 +283,10 @@ class CachePlan:
                 read[-1] += resident.value * count
                 d_read[-1] += resident.slope * count
         lanes, d_lanes = tuple(lane_tokens), tuple(d_lane_tokens)
+        actions = self._slots_acted(seq, step)
         return Segment(
             steps, tuple(read), tuple(d_read), tuple(longest), tuple(d_longest),
-            lanes, d_lanes, self._actions(seq, step), self.lane_held(lanes, d_lanes, 0),
+            lanes, d_lanes, actions if any(actions) else None, self.lane_held(lanes, d_lanes, 0),
         )  # fmt: skip
 
     def _bytes_read(
@@ -307,9 +311,9 @@ class CachePlan:
         slope = sum(weight * count.slope for weight, count in counts)
         return Ramp(value, slope, min(count.steps for _, count in counts)), full
 
-    def _actions(self, seq: SequenceShape, step: int) -> tuple[int, ...] | None:
-        slots = tuple(sum(g.num_pairs * p.acts_at(seq, g, step) for g in self.groups) for p in self.composition.policies)
-        return slots if any(slots) else None
+    def _slots_acted(self, seq: SequenceShape, step: int) -> tuple[int, ...]:
+        """Slots that each policy's action handles at the start of a step."""
+        return tuple(sum(g.num_pairs * p.acts_at(seq, g, step) for g in self.groups) for p in self.composition.policies)
 
     def _sawtooth(self, seq: SequenceShape, step: int, period: int) -> Segment:
         group = self.groups[0]
@@ -318,9 +322,12 @@ class CachePlan:
         low = resident.value - phase
         weight = self._weights[0][0]
         peak = low + period - 1
+        recurring = self._slots_acted(seq, step + period - phase)
+        # The tooth that starts with this step may handle more, such as a whole prompt.
+        extra = () if phase else tuple(a - b for a, b in zip(self._slots_acted(seq, step), recurring, strict=True))
         return Segment(
-            FOREVER, (low * weight,), (0,), (peak * weight,), (0,), (peak,), (0,),
-            self._actions(seq, step + (period - phase) % period), self.lane_held((peak,), (0,), 0), period, phase,
+            FOREVER, (low * weight,), (0,), (peak * weight,), (0,), (peak,), (0,), extra if any(extra) else None,
+            self.lane_held((peak,), (0,), 0), period, phase, recurring,
         )  # fmt: skip
 
     # -- Ops ------------------------------------------------------------------------------------------------------

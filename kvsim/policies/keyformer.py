@@ -64,8 +64,7 @@ class Keyformer(Policy):
         return Ramp(low + phase, 1, CODE_PERIOD_STEPS - phase)
 
     def period_steps(self, seq: SequenceShape, step: int) -> int:
-        """The first tooth is left out: the eviction that starts it handles the whole prompt."""
-        return CODE_PERIOD_STEPS if self.schedule == "code" and step > CODE_PERIOD_STEPS else 0
+        return CODE_PERIOD_STEPS if self.schedule == "code" and step >= CODE_PERIOD_STEPS else 0
 
     def acts_at(self, seq: SequenceShape, group: HeadGroup, step: int) -> int:
         if self.schedule == "paper" or step % CODE_PERIOD_STEPS:

@@ -114,7 +114,7 @@ class KVCompress(Policy):
         if self.compression_ratio == 1 or not 1 < interval <= LONGEST_PERIOD_STEPS:
             return 0
         group = HeadGroup(0, 1, 1)  # all groups act in the same steps
-        return interval if step > self._first_action(seq, group) else 0
+        return interval if step >= self._first_action(seq, group) else 0
 
     def acts_at(self, seq: SequenceShape, group: HeadGroup, step: int) -> int:
         """Longer intervals only: a compression in every step is part of the step."""
