@@ -175,6 +175,11 @@ def run_policy(
             "workload.warmup_requests", scenario.workload.warmup_requests, rule, f"try {replica.num_finished // 10}"
         )
     notes += source.notes()
+    if log.side_ps:
+        notes.append(
+            f"compressions kept a side stream busy for {log.side_ps / PS_PER_S:.3g} s beside the steps "
+            f"({engine.side_stream_hbm_frac:.0%} of HBM bandwidth while it ran)"
+        )
     summary = summarize(log, warmup_requests=scenario.workload.warmup_requests, slo=scenario.slo)
     return PolicyResult(
         name=name, description=plan.composition.describe(), summary=summary, log=log, ledger=tuple(ledger.lines),

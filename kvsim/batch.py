@@ -222,6 +222,13 @@ class DecodeBatch:
         """Pool units that the next step takes, net of what shrinking lanes give back."""
         return self.need[(self.step + 1) % self.block_size]
 
+    def next_units_of(self, sequence: Sequence) -> int:
+        """What one member takes of the pool in the next step, or gives back."""
+        segment, done = sequence.segment, self.step - sequence.segment_start
+        assert segment is not None
+        held = self.plan.lane_held
+        return held(segment.tokens, segment.d_tokens, done + 1) - held(segment.tokens, segment.d_tokens, done)
+
     def units_needed(self, steps: int) -> int:
         """Pool units that the next `steps` steps take, net of what shrinking lanes give back."""
         need, size = self.need, self.block_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, floor
 
-from kvsim.engines.base import Engine
+from kvsim.engines.base import ACTIVATIONS, Engine
 from kvsim.errors import DoesNotFitError, InputError
 from kvsim.hardware import Gpu, list_gpus, load_gpu
 from kvsim.model import Model
@@ -33,17 +33,19 @@ class Ledger:
             ),
             LedgerLine("weights", weights, f"{weight_dtype}, one of {tp} GPUs" if tp > 1 else weight_dtype),
         ]  # fmt: skip
-        used = weights
-        for line in engine.memory_lines(model, tp):
+        used, activations = weights, 0
+        for line in engine.memory_lines(model, tp, weight_dtype):
             self.lines.append(LedgerLine(line.name, line.num_bytes, line.note))
             used += 0 if line.outside else line.num_bytes
+            activations += line.num_bytes if line.name == ACTIVATIONS else 0
         for policy in plan.composition.policies:
             scratch = policy.scratch_bytes(plan.shape, max_prompt_tokens)
             if scratch:
-                kind = str(getattr(policy, "kind", "policy"))
-                note = f"buffers while it acts on a prompt of {max_prompt_tokens} tokens"
-                self.lines.append(LedgerLine(f"{kind} scratch", scratch, note))
-                used += scratch
+                # A policy acts between layers, when the widest activations are gone: only what exceeds them is extra.
+                extra, kind = max(0, scratch - activations), str(getattr(policy, "kind", "policy"))
+                note = f"{format_bytes(scratch)} while it acts on {max_prompt_tokens} tokens, within the activation peak"
+                self.lines.append(LedgerLine(f"{kind} scratch", extra, note + (" but for this" if extra else "")))
+                used += extra
         plain_block = plan.plain_block_bytes
         if num_gpu_blocks is not None:
             pool_bytes = num_gpu_blocks * plain_block
@@ -84,7 +86,7 @@ def _what_would_fit(
     """Changes of one or two fields, the smallest first."""
 
     def fits(gpu: Gpu = gpu, tp: int = tp, dtype: str = weight_dtype) -> bool:
-        others = sum(line.num_bytes for line in engine.memory_lines(model, tp) if not line.outside)
+        others = sum(line.num_bytes for line in engine.memory_lines(model, tp, weight_dtype) if not line.outside)
         return model.weight_bytes(dtype, tp) + others < 0.98 * gpu.usable_bytes * engine.gpu_memory_utilization
 
     fixes = []

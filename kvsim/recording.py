@@ -51,6 +51,8 @@ class RunLog:
     """Token gaps that span a preemption: one entry for each resumed sequence."""
     op_ps: dict[str, int] = field(default_factory=dict)
     """Device time by Op kind ("gemm", "decode_attention", "policy:compact", ...), and "host" where the device waited."""
+    side_ps: int = 0
+    """Time of compressions on the side stream, beside the steps and so not in op_ps."""
     end_ps: int = 0
     num_preemptions: int = 0
     peak_held_units: int = 0

@@ -41,6 +41,7 @@ class Replica:
         self.now = 0  # picoseconds; SimPy's clock, which counts whole ones here
         self.num_finished = 0
         self.side_busy_until_ps = 0
+        self._for_side: list[tuple[int, int]] = []  # prompts that the side stream compresses when the step has ended
         self._stalled = False  # some sequence waits for longer than the next step lasts
         self._plan: CachePlan = costs.plan
         self.compresses = bool(costs.plan.composition.policies)
@@ -98,8 +99,7 @@ class Replica:
         if self.contended is not None:
             if now < self.side_busy_until_ps:
                 costs = self.contended
-            self._start_side(compressed)
-            compressed = []
+            self._for_side, compressed = compressed, []
         decodes = 0
         if step.decodes:
             decodes = batch.size
@@ -116,6 +116,8 @@ class Replica:
         scheduler, now = self.scheduler, self.now
         if step.decodes:
             self._advance(1)
+        if self._for_side:
+            self._start_side(self._for_side)
         for sequence, chunk in step.chunks:
             sequence.computed_tokens += chunk[0]
             if sequence.scheduled_ps < 0:
@@ -203,6 +205,7 @@ class Replica:
         assert self.contended is not None
         work = sum(self.contended.side_ps(prompt, prefill) for prompt, prefill in compressed)
         self.side_busy_until_ps = max(self.side_busy_until_ps, self.now) + work
+        self.log.side_ps += work
 
     def _swap(self, run: Run, units: int) -> Run:
         """Blocks cross the host link before the run's first and only step."""
@@ -230,7 +233,7 @@ class Replica:
 
     def _close(self) -> None:
         log, pool, scheduler = self.log, self.scheduler.pool, self.scheduler
-        assert not scheduler.running and not scheduler.waiting and not scheduler.batch.size
+        assert not scheduler.running and not scheduler.waiting and not scheduler.swapped and not scheduler.batch.size
         assert pool.free_units == pool.capacity_units, "blocks were lost"
         log.end_ps = self.now
         log.num_preemptions = scheduler.num_preemptions

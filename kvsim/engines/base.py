@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 KvCacheDtype = Literal["auto", "fp16", "bf16", "fp8", "int8"]
 
 
+ACTIVATIONS = "activation peak"
+"""Name of the ledger line that policies' buffers share."""
+
+
 class MemoryLine(NamedTuple):
     """A line of the memory ledger: bytes per GPU. outside: taken from what gpu_memory_utilization leaves."""
 
@@ -97,7 +101,7 @@ class Engine(Frozen):
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
-    def memory_lines(self, model: Model, tp: int) -> tuple[MemoryLine, ...]:
+    def memory_lines(self, model: Model, tp: int, weight_dtype: str) -> tuple[MemoryLine, ...]:
         """Everything in GPU memory but weights, policies and the pool itself."""
         raise NotImplementedError
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from kvsim.batch import Sequence
 from kvsim.cost_types import Chunk
-from kvsim.engines.base import Engine, MemoryLine
+from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
 from kvsim.engines.scheduler import Scheduler, Step
 from kvsim.errors import DoesNotFitError
 from kvsim.model import Model
@@ -73,7 +73,7 @@ class HuggingFace(Engine):
         ops.append(PolicyKernel("softmax_chain", 2 * 5 * scores, 0.0, 5 * num_layers, "engine"))
         return ops
 
-    def memory_lines(self, model: Model, tp: int) -> tuple[MemoryLine, ...]:
+    def memory_lines(self, model: Model, tp: int, weight_dtype: str) -> tuple[MemoryLine, ...]:
         tokens = self.max_prefill_tokens
         inter = -(-model.intermediate_size // tp)
         mlp = 2 * tokens * (3 if model.gated_mlp else 2) * inter
@@ -82,7 +82,7 @@ class HuggingFace(Engine):
         return (
             MemoryLine("CUDA context", _CONTEXT_BYTES, "assumed: 0.4-0.6 GiB for a PyTorch process"),
             MemoryLine(
-                "activation peak", hidden + max(mlp, scores),
+                ACTIVATIONS, hidden + max(mlp, scores),
                 f"one layer of an eager prefill of {tokens} tokens: the wider of MLP and attention scores",
             ),
         )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from kvsim.batch import Sequence, decode_batch
 from kvsim.cost_types import Chunk
+from kvsim.errors import DoesNotFitError
 from kvsim.policies.compose import CachePlan
 from kvsim.pool import BlockPool
 from kvsim.requests import Request
@@ -34,6 +35,7 @@ class Scheduler:
         self.batch = decode_batch(plan)
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}  # in order of admission, prefills included
+        self.swapped: deque[tuple[Sequence, int]] = deque()  # out in host memory, with the units they held
         self.num_preemptions = 0
         self.last_decode_ps = 0  # when the decoding batch last got its tokens
 
@@ -98,6 +100,12 @@ class Scheduler:
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
+        if self.plan.prefill_units(sequence.prefill_tokens) > self.pool.capacity_units:
+            raise DoesNotFitError(
+                f"request {sequence.request.index} was preempted after {sequence.generated} tokens and cannot be computed again: "
+                f"its {sequence.prefill_tokens} tokens, not yet compressed, exceed the KV pool; "
+                "lower engine.max_num_seqs so that nothing is preempted, or give the pool more memory"
+            )
         return sequence
 
     # -- horizons -------------------------------------------------------------------------------------------------

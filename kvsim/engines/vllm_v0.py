@@ -7,14 +7,13 @@ find a free block at its turn; swapped sequences come back when nobody had to le
 
 from __future__ import annotations
 
-from collections import deque
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from kvsim.batch import Sequence
 from kvsim.cost_types import Chunk
-from kvsim.engines.base import Engine, MemoryLine
+from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
 from kvsim.engines.scheduler import Scheduler, Step
 from kvsim.engines.vllm_memory import collective_line, reserved_bytes
 from kvsim.errors import InputError
@@ -70,13 +69,13 @@ class VllmV0(Engine):
         before = (HostWork(kind, "schedule", batch), HostWork(kind, "prepare", batch))
         return before, tuple(beside), (HostWork(kind, "sample", batch), HostWork(kind, "process", batch))
 
-    def memory_lines(self, model: Model, tp: int) -> tuple[MemoryLine, ...]:
+    def memory_lines(self, model: Model, tp: int, weight_dtype: str) -> tuple[MemoryLine, ...]:
         tokens = self.prefill_budget(model)
-        activations = reserved_bytes(model, tp, tokens)
+        activations = reserved_bytes(model, tp, weight_dtype, tokens)
         activations += min(self.max_num_seqs, tokens) * model.vocab_size * _SAMPLER_BYTES_PER_LOGIT
         return (
             MemoryLine(
-                "activation peak", activations,
+                ACTIVATIONS, activations,
                 f"profile run at {tokens} tokens, {self.max_num_seqs} sequences; what the allocator has reserved counts",
             ),
             *collective_line(tp),
@@ -94,25 +93,43 @@ class _V0Scheduler(Scheduler):
         self.watermark = int(engine.watermark_frac * pool.capacity_units)
         self.swaps = engine.preemption == "swap"
         self.swap_units = int(engine.swap_space_gib * GIB) // plan.unit_bytes
-        self.swapped: deque[tuple[Sequence, int]] = deque()
         self.spare = plan.prefill_units_per_block  # every sequence must find a free block, whether it needs one or not
 
     def pick(self) -> Step | None:
         chunks = self._admit() if not self.swapped else []
         if chunks:
             return Step(chunks, False, 1, True)
-        batch, moved, preempted = self.batch, 0, False
-        while batch.size > 1 and batch.next_units() + self.spare > self.pool.free_units:
-            moved += self._evict()
-            preempted = True
-        if not preempted:
+        batch, before = self.batch, self.num_preemptions
+        moved = self._make_room()
+        if self.num_preemptions == before:
             moved += self._swap_in()
         if not batch.size:
             return None
         waits = bool(self.waiting or self.swapped)
-        stuck = waits and (preempted or moved > 0 or batch.num_shrinking > 0)
+        stuck = waits and (self.num_preemptions > before or batch.num_shrinking > 0)
         horizon = 1 if stuck or moved else self.decode_horizon(self.spare if batch.size > 1 else 0)
         return Step([], True, horizon, not waits and len(self.running) < self.max_num_seqs, moved)
+
+    def _make_room(self) -> int:
+        """Preempts until everyone finds a free block at its turn, in order of admission; returns units moved to the host."""
+        batch = self.batch
+        if batch.size <= 1 or batch.next_units() + self.spare <= self.pool.free_units:
+            return 0
+        moved, order = 0, list(self.running)
+        needs = {sequence: batch.next_units_of(sequence) for sequence in order}
+        free = self.pool.free_units - sum(min(0, units) for units in needs.values())  # what shrinks gives back first
+        place = 0
+        while place < len(order):
+            sequence = order[place]
+            while max(self.spare, needs[sequence]) > free and len(order) > 1:
+                victim = order.pop()
+                free += batch.held(victim) + min(0, needs[victim])
+                moved += self._evict()
+                if victim is sequence:
+                    return moved
+            free -= max(0, needs[sequence])
+            place += 1
+        return moved
 
     def _admit(self) -> list[tuple[Sequence, Chunk]]:
         chunks: list[tuple[Sequence, Chunk]] = []
@@ -152,13 +169,16 @@ class _V0Scheduler(Scheduler):
         moved = 0
         while self.swapped and len(self.running) < self.max_num_seqs:
             sequence, units = self.swapped[0]
-            low = self.watermark if self.running else 0
-            if units + self.batch.next_units() + 2 * self.spare > self.pool.free_units - low:
+            segment = self.plan.segment(sequence.prompt_tokens, sequence.prefill_tokens, sequence.decode_steps + 1)
+            # Beside others it must leave the watermark and two blocks; an idle engine takes what fits.
+            room = self.watermark + self.batch.next_units() + 2 * self.spare
+            if not self.running:
+                room = self.plan.lane_held(segment.tokens, segment.d_tokens, 1) - segment.held_units
+            if segment.held_units > self.pool.free_units - room:
                 break
             self.swapped.popleft()
             self.swap_units += units
             self.running[sequence] = None
-            held = self.batch.join(sequence, sequence.decode_steps)
-            self.pool.take(held)
+            self.pool.take(self.batch.join(sequence, sequence.decode_steps))
             moved += units
         return moved

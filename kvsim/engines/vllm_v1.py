@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from kvsim.batch import Sequence
 from kvsim.cost_types import Chunk
-from kvsim.engines.base import Engine, MemoryLine
+from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
 from kvsim.engines.scheduler import Scheduler, Step
 from kvsim.engines.vllm_memory import collective_line, forward_bytes
 from kvsim.model import Model
@@ -68,7 +68,7 @@ class VllmV1(Engine):
             work.append(HostWork("vllm_v1", "eager_launch", num_launches))
         return (), tuple(work), ()
 
-    def memory_lines(self, model: Model, tp: int) -> tuple[MemoryLine, ...]:
+    def memory_lines(self, model: Model, tp: int, weight_dtype: str) -> tuple[MemoryLine, ...]:
         tokens = self.max_num_batched_tokens
         sampler = min(self.max_num_seqs, tokens) * model.vocab_size * _SAMPLER_BYTES_PER_LOGIT
         sampler += 2 * tokens * model.hidden_size * 2
@@ -76,7 +76,7 @@ class VllmV1(Engine):
         which = "forward pass" if forward > sampler else "sampler"
         return (
             MemoryLine(
-                "activation peak", max(forward, sampler),
+                ACTIVATIONS, max(forward, sampler),
                 f"profile run: {which} at {tokens} tokens, {self.max_num_seqs} sequences",
             ),
             MemoryLine("non-torch memory", _NON_TORCH_BYTES, "assumed: 0.1-0.4 GiB in engine logs"),
@@ -100,16 +100,15 @@ class _V1Scheduler(Scheduler):
 
     def pick(self) -> Step | None:
         batch, pool = self.batch, self.pool
-        preempted = False
+        before = self.num_preemptions
         growth = batch.next_units()
         while growth > pool.free_units:
             if self.preempt_last() is self.partial:
                 self.partial = None
-            preempted = True
             growth = batch.next_units()
         open_to_arrivals = False
         if self.partial is not None or self.waiting:
-            chunks = self._fill(pool.free_units - growth, preempted)
+            chunks = self._fill(pool.free_units - max(0, growth), self.num_preemptions > before)
             if chunks:
                 return Step(chunks, batch.size > 0, 1, True)
         else:
@@ -117,8 +116,8 @@ class _V1Scheduler(Scheduler):
         if not batch.size:
             # If everything running was preempted, the queue's head fits the empty pool: the next pick admits it.
             return self.pick() if self.waiting else None
-        # Shrinking lanes free blocks in the middle of a run: then what waits must be looked at after every step.
-        stuck = self.waiting and (preempted or batch.num_shrinking)
+        # After a preemption the queue is looked at again in the next step; and shrinking lanes free blocks during a run.
+        stuck = self.waiting and (self.num_preemptions > before or batch.num_shrinking)
         return Step(_NO_CHUNKS, True, 1 if stuck else self.decode_horizon(), open_to_arrivals)
 
     def _fill(self, free: int, preempted: bool) -> list[tuple[Sequence, Chunk]]:

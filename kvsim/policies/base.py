@@ -127,7 +127,7 @@ class Policy(Frozen):
         """Tokens of engine precision for which each sequence reserves a buffer beside its blocks."""
         return 0
 
-    def format_name(self, kv_dtype: str) -> str:
+    def format_name(self, kv_dtype: str, head_dim: int) -> str:
         """The cache's format as profiles know it: decides how efficiently a kernel reads it."""
         return kv_dtype
 

@@ -69,9 +69,9 @@ class Segment:
 
     read, d_read: scalar units read in the first step, and growth a step. longest, d_longest: the same for the longest head.
     tokens, d_tokens: tokens in each lane of the block pool; d_tokens is -1, 0 or 1.
-    actions: slots handled by each policy's action in the first step. With `period`, reads rise by the plan's `tooth` a step from phase 0,
-    where they are `read` and where policies act on `tooth_actions` slots; `phase` is that of the first step, in which `actions`
-    come on top. held_units: what the sequence holds of the pool before the first step.
+    actions: slots handled by each policy's action in the first step. held_units: what the sequence holds of the pool before it.
+    With `period`, reads rise by the plan's `tooth` a step from phase 0, where they are `read` and where policies act on
+    `tooth_actions` slots; `phase` is that of the first step, in which `actions` come on top.
     """
 
     __slots__ = (
@@ -136,7 +136,7 @@ class CachePlan:
         self.is_plain = not self.prunes and not self.window_tokens
         """Every slot has one width: bytes read are in proportion to tokens resident."""
         self.slot_bytes = self.key_pruned_narrow + self.value_narrow
-        self.kv_format = channels.format_name(bits.format_name(self.kv_dtype))
+        self.kv_format = channels.format_name(bits.format_name(self.kv_dtype, full), full)
 
     def _block_bytes(self, group: HeadGroup, key_bytes: float) -> int:
         shape = self.shape
@@ -157,6 +157,8 @@ class CachePlan:
         for lane in self.lanes:
             lane.units = lane.block_bytes // self.unit_bytes
         self.prefill_units_per_block = sum(lane.units for lane in self._full_lanes)
+        # A sequence whose newest keys keep all channels may begin a block of each width in place of one.
+        self.split_units = sum(lane.units for lane in self.lanes if lane.pruned)
         window_bytes = self.window_tokens * self.shape.num_pairs * self.shape.slot_bytes
         self.window_units = ceil(window_bytes / self.unit_bytes)
         self.lane_units = tuple(lane.units for lane in self.lanes)
@@ -179,12 +181,13 @@ class CachePlan:
         return self.shape.num_pairs * (self.key_full_narrow + self.value_narrow)
 
     def prefill_units(self, num_tokens: int) -> int:
-        """Pool units of an uncompressed sequence of `num_tokens`, its window buffer included."""
-        return -(-num_tokens // self.shape.block_size_tokens) * self.prefill_units_per_block + self.window_units
+        """Pool units of an uncompressed sequence of `num_tokens`, its window buffer included, with room to be compressed in place."""
+        blocks = -(-num_tokens // self.shape.block_size_tokens)
+        return blocks * self.prefill_units_per_block + self.split_units + self.window_units
 
     def tokens_that_fit(self, units: int) -> int:
         """Tokens of an uncompressed sequence that so many units hold."""
-        blocks = max(0, units - self.window_units) // self.prefill_units_per_block
+        blocks = max(0, units - self.split_units - self.window_units) // self.prefill_units_per_block
         return blocks * self.shape.block_size_tokens
 
     def lane_held(self, tokens: tuple[int, ...], d_tokens: tuple[int, ...], steps_done: int) -> int:

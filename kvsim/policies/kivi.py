@@ -57,7 +57,7 @@ class KIVI(Policy):
     def wide_window_tokens(self) -> int:
         return self.residual_tokens
 
-    def format_name(self, kv_dtype: str) -> str:
+    def format_name(self, kv_dtype: str, head_dim: int) -> str:
         return f"kivi{self.bits}"
 
     def compress_ops(self, shape: CacheShape, seq: SequenceShape) -> tuple[Op, ...]:

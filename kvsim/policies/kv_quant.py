@@ -47,7 +47,7 @@ class KVQuant(Policy):
     def value_bytes(self, channels: int, element_bytes: float) -> float:
         return self.vector_bytes(channels)
 
-    def format_name(self, kv_dtype: str) -> str:
+    def format_name(self, kv_dtype: str, head_dim: int) -> str:
         return self.dtype
 
     def prefill_ops(self, shape: CacheShape, new_tokens: int, prior_tokens: int) -> tuple[Op, ...]:

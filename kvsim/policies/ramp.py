@@ -26,9 +26,12 @@ class Ramp(NamedTuple):
         return Ramp(self.value - other.value, self.slope - other.slope, min(self.steps, other.steps))
 
     def at_most(self, other: Ramp) -> Ramp:
-        """The smaller of the two; the piece ends where they cross."""
+        """The smaller of the two; the piece ends where they cross.
+
+        Where they start alike the steeper one counts for one step: it says how the value was come to, and blocks are taken by it.
+        """
         steps = min(self.steps, other.steps)
-        low, high = sorted((self, other), key=lambda ramp: (ramp.value, ramp.slope))
+        low, high = sorted((self, other), key=lambda ramp: (ramp.value, -ramp.slope))
         closing = low.slope - high.slope
         if closing > 0:
             steps = min(steps, (high.value - low.value) // closing + 1)

@@ -48,8 +48,9 @@ class ThinK(Policy):
     def full_key_tokens(self, seq: SequenceShape, step: int) -> Ramp:
         return Ramp(min(self.recent_tokens, seq.prefill_tokens) + step, 1)
 
-    def format_name(self, kv_dtype: str, head_dim: int = 128) -> str:
-        return f"{kv_dtype}+think{self.stored_key_channels(head_dim)}"
+    def format_name(self, kv_dtype: str, head_dim: int) -> str:
+        stored = self.stored_key_channels(head_dim)
+        return kv_dtype if stored == head_dim else f"{kv_dtype}+think{stored}"
 
     def compress_ops(self, shape: CacheShape, seq: SequenceShape) -> tuple[Op, ...]:
         pruned_tokens = seq.prefill_tokens - self.recent_tokens

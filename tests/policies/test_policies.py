@@ -172,7 +172,7 @@ def test_keyformer_code_evicts_every_eighth_step_from_a_whole_prompt() -> None:
     assert residents(policy, 100, 1, 17) == [*range(101, 108), *range(50, 58), 50, 51]
     assert action_steps(policy, 100, 33) == [8, 16, 24, 32]
     assert [policy.acts_at(prompt(100), only_group(policy), s) for s in (8, 16, 24)] == [108, 58, 58]
-    assert [policy.period_steps(prompt(100), s) for s in (1, 8, 9, 16)] == [0, 0, 8, 8]
+    assert [policy.period_steps(prompt(100), s) for s in (1, 8, 9, 16)] == [0, 8, 8, 8]
 
 
 def test_keyformer_movement_is_bounded_by_three() -> None:
@@ -309,7 +309,7 @@ def test_kv_compress_intervals_are_teeth() -> None:
     policy = KVCompress(compression_ratio=4, interval_steps=4, head_shares=(1,))
     assert residents(policy, 512, 1, 9) == [129, 130, 131, 132, 129, 130, 131, 132, 129]
     assert action_steps(policy, 512, 13) == [5, 9, 13]
-    assert [policy.period_steps(prompt(512), s) for s in (1, 5, 6)] == [0, 0, 4]
+    assert [policy.period_steps(prompt(512), s) for s in (1, 5, 6)] == [0, 4, 4]
 
 
 def test_kv_compress_ratio_one_evicts_nothing_but_still_pays() -> None:
@@ -374,7 +374,7 @@ def test_think_counts_channels_as_code_and_paper_do() -> None:
     assert ThinK(pruned_frac=0.4, rounding="paper").kept_channels(128) == 76
     assert {ThinK(rounding=r).stored_key_channels(128) for r in ("code", "paper")} == {80}
     assert ThinK(pruned_frac=0.5).stored_key_channels(128) == 64
-    assert ThinK().format_name("kivi2") == "kivi2+think80"
+    assert ThinK().format_name("kivi2", 128) == "kivi2+think80"
 
 
 def test_think_saves_about_a_fifth_not_two() -> None:
@@ -405,7 +405,7 @@ def test_kivi_widths(bits: int, effective: int, factor: float) -> None:
     width = policy.key_bytes(128, 2), policy.value_bytes(128, 2)
     assert width == (128 * effective / 8, 128 * effective / 8)
     assert 2 * 128 * 2 / sum(width) == pytest.approx(factor, abs=0.005)
-    assert policy.format_name("bf16") == f"kivi{bits}"
+    assert policy.format_name("bf16", 128) == f"kivi{bits}"
 
 
 def test_kivi_quantises_keys_once_a_residual_and_values_at_every_step() -> None:
@@ -429,7 +429,7 @@ def test_kivi_quantises_keys_once_a_residual_and_values_at_every_step() -> None:
 )  # fmt: skip
 def test_quantised_widths(policy: KVQuant, bits: float) -> None:
     assert policy.key_bytes(128, 2) == policy.value_bytes(128, 2) == 128 * bits / 8
-    assert policy.blocks_shareable and policy.format_name("bf16") == policy.dtype
+    assert policy.blocks_shareable and policy.format_name("bf16", 128) == policy.dtype
     assert bool(policy.step_ops(SMALL, 1, 100)) == (policy.dtype != "fp8")
 
 

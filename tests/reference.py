@@ -1,0 +1,785 @@
+"""The truth in its plainest form: the same serving, simulated one engine step at a time.
+
+No runs, no closed forms, no sums kept from step to step, no heap. In every step every sequence asks its policies what it holds,
+reads and does in *this* step. Shared with kvsim: the policies, the engines' settings, the cost of one step
+(`StepCosts.decode_step` and `prefill_step`, in an instance of its own), a plan's units, and the sources of requests.
+
+Rules that are conventions rather than physics:
+- Time is whole picoseconds; what happens during a step is seen at its end, an arrival at that very moment included.
+- Between two steps a sequence holds the blocks of what it keeps. Where its tokens policy drops tokens at the start of its next
+  step, those blocks are free as soon as the last step has ended, and the next step's own token asks for its slot anew.
+- Blocks that shrinking lanes give back in a step serve the decodes of that step; the queue sees them from the next on.
+- A prefill under a policy that prunes channels reserves one pruned block more in each lane: it may split in two when compressed.
+- From the first action (or return from the host) in a short sawtooth on, a sequence holds, and counts as long as, its peak.
+- A lone sequence of the V0 engine needs no spare block, and an idle one swaps in whatever fits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from kvsim.api import build_plan, deploy, run_policy
+from kvsim.cost import StepCosts
+from kvsim.cost_types import Chunk
+from kvsim.engines.base import Engine
+from kvsim.ops import Copy
+from kvsim.policies.base import HeadGroup, SequenceShape
+from kvsim.policies.compose import CachePlan
+from kvsim.recording import REQUEST_FIELDS, RunLog
+from kvsim.requests import Request, RequestSource
+from kvsim.result import PolicyResult
+from kvsim.scenario import Scenario
+from kvsim.units import GIB, PS_PER_S
+from kvsim.workload import build_source
+
+
+class StuckError(Exception):
+    """Nothing runs, nothing will arrive, and what waits does not fit."""
+
+
+@dataclass(eq=False)
+class RefSequence:
+    request: Request
+    prompt_tokens: int  # padded, where the engine pads
+    output_tokens: int
+    prefill_tokens: int
+    is_beam: bool = False
+    computed_tokens: int = 0
+    generated: int = 0
+    decoding: bool = False
+    steps: int = 0  # decode steps since its last prefill
+    in_sawtooth: bool = False
+    held: int = 0  # pool units
+    blocks: list[RefBlock] = field(default_factory=list)  # of a prefix pool
+    offered: int = 0  # leading prompt blocks of which the prefix pool knows
+    cached_tokens: int = 0
+    num_preemptions: int = 0
+    scheduled_ps: int = -1
+    first_token_ps: int = -1
+    last_token_ps: int = -1
+
+    @property
+    def shape(self) -> SequenceShape:
+        return SequenceShape(self.prompt_tokens, self.prefill_tokens)
+
+
+# -- one sequence's cache -----------------------------------------------------------------------------------------------
+
+
+class RefCache:
+    """What one sequence keeps, reads and does in one decode step, asked of its policies."""
+
+    def __init__(self, plan: CachePlan) -> None:
+        self.plan, self.shape, self.groups = plan, plan.shape, plan.groups
+        self.tokens, self.channels, self.bits = (
+            plan.composition.tokens, plan.composition.channels, plan.composition.bits,
+        )  # fmt: skip
+        d, e = self.shape.head_dim, self.shape.element_bytes
+        pruned = self.channels.stored_key_channels(d)
+        self.prunes = pruned != d
+        self.key16 = {  # sixteenths of a byte of one key: (all channels?, engine's own precision?)
+            (True, True): round(16 * d * e), (True, False): round(16 * self.bits.key_bytes(d, e)),
+            (False, True): round(16 * pruned * e), (False, False): round(16 * self.bits.key_bytes(pruned, e)),
+        }  # fmt: skip
+        self.value16 = {True: round(16 * d * e), False: round(16 * self.bits.value_bytes(d, e))}
+
+    def blocks(self, tokens: int) -> int:
+        return -(-tokens // self.shape.block_size_tokens)
+
+    def prefill_units(self, tokens: int) -> int:
+        """Uncompressed, with room to be split in two widths and the buffer of a full-precision window."""
+        split = sum(lane.units for lane in self.plan.lanes if lane.pruned)
+        return self.blocks(tokens) * self.plan.prefill_units_per_block + split + self.plan.window_units
+
+    def lane_units(self, lanes: SequenceOf[int]) -> int:
+        units = zip(self.plan.lane_units, lanes, strict=True)
+        return sum(unit * self.blocks(tokens) for unit, tokens in units) + self.plan.window_units
+
+    def split(self, resident: int, full_keys: int) -> list[int]:
+        """Tokens of one head group, by lane: those with full keys and, where keys are pruned, those without."""
+        if not self.prunes:
+            return [resident]
+        full = min(full_keys, resident)
+        return [full, resident - full]
+
+    def peak_tokens(self, seq: RefSequence, group: HeadGroup, step: int) -> int:
+        """Most tokens resident in the sawtooth that the sequence is in."""
+        period = self.tokens.period_steps(seq.shape, step)
+        return max(self.tokens.resident(seq.shape, group, step + j).value for j in range(period))
+
+    def lanes_in_step(self, seq: RefSequence, step: int) -> list[int]:
+        """Tokens in each lane while decode step `step` runs, its own token included."""
+        lanes: list[int] = []
+        for group in self.groups:
+            resident = self.tokens.resident(seq.shape, group, step).value
+            if seq.in_sawtooth:
+                resident = self.peak_tokens(seq, group, step)
+            lanes += self.split(resident, self.channels.full_key_tokens(seq.shape, step).value)
+        return lanes
+
+    def lanes_kept(self, seq: RefSequence) -> list[int]:
+        """Tokens in each lane after `seq.steps` decode steps, before the next."""
+        done, step, shape = seq.steps, seq.steps + 1, seq.shape
+        lanes: list[int] = []
+        for group in self.groups:
+            if seq.in_sawtooth:
+                lanes.append(self.peak_tokens(seq, group, step))
+            elif self.tokens.acts_at(shape, group, step):
+                after = self.split(
+                    self.tokens.resident(shape, group, step).value, self.channels.full_key_tokens(shape, step).value
+                )
+                lanes += [after[0] - 1, *after[1:]]  # the step's own token, whose key is whole, is not there yet
+            elif done:
+                lanes += self.split(
+                    self.tokens.resident(shape, group, done).value, self.channels.full_key_tokens(shape, done).value
+                )
+            else:
+                lanes += self.split(self.tokens.stored(shape, group), self.channels.full_key_tokens(shape, 0).value)
+        return lanes
+
+    def look_ahead(self, seq: RefSequence, returned: bool = False) -> None:
+        """Whether the next step begins a short sawtooth, whose blocks are held at its peak."""
+        step = seq.steps + 1
+        acts = any(self.tokens.acts_at(seq.shape, group, step) for group in self.groups)
+        if self.plan.tooth is not None and (acts or returned):
+            seq.in_sawtooth = self.tokens.period_steps(seq.shape, step) > 0
+
+    def units_kept(self, seq: RefSequence) -> int:
+        return self.lane_units(self.lanes_kept(seq))
+
+    def units_in_step(self, seq: RefSequence) -> int:
+        """Held in the sequence's next step."""
+        return self.lane_units(self.lanes_in_step(seq, seq.steps + 1))
+
+    def peak_units(self, prompt_tokens: int, output_tokens: int) -> int:
+        """The most that a sequence, alone and never preempted, holds at any time."""
+        request = Request(0, 0, prompt_tokens, output_tokens)
+        seq = RefSequence(request, prompt_tokens, output_tokens, prompt_tokens)
+        peak = self.prefill_units(prompt_tokens)
+        for _ in range(output_tokens - 1):
+            self.look_ahead(seq)
+            peak = max(peak, self.units_in_step(seq))
+            seq.steps += 1
+        return peak
+
+    def read16(self, seq: RefSequence, group: HeadGroup, step: int, resident: int) -> int:
+        """Sixteenths of a byte that attention reads of one head with so many tokens resident."""
+        full = min(self.channels.full_key_tokens(seq.shape, step).value, resident)
+        wide = min(self.bits.wide_key_tokens(seq.shape, step).value, resident)
+        wide_values = min(self.bits.wide_value_tokens(seq.shape, step).value, resident)
+        both = min(full, wide)
+        keys = (
+            both * self.key16[True, True]
+            + (full - both) * self.key16[True, False]
+            + (wide - both) * self.key16[False, True]
+            + (resident - max(full, wide)) * self.key16[False, False]
+        )
+        return keys + wide_values * self.value16[True] + (resident - wide_values) * self.value16[False]
+
+    def units_read(self, seq: RefSequence, group: HeadGroup, step: int, resident: int) -> int:
+        """The same of all heads of the group, in scalar units of its layer group."""
+        unit16 = round(16 * self.plan.scalar_bytes[group.layer_group])
+        units, rest = divmod(self.read16(seq, group, step, resident) * group.num_pairs, unit16)
+        assert not rest, "scalar units must divide what is read"
+        return units
+
+
+class RefState:
+    """A decoding batch in its next step, as the cost of a step wants to know it."""
+
+    def __init__(self, cache: RefCache, members: SequenceOf[RefSequence]) -> None:
+        self.cache, self.members, self.size = cache, members, len(members)
+        self.longest_bound = [self.longest(i) for i in range(cache.plan.num_layer_groups)]
+
+    def reads(self) -> list[int]:
+        cache, plan = self.cache, self.cache.plan
+        reads = [0] * plan.num_scalars
+        for seq in self.members:
+            for group in cache.groups:
+                step = seq.steps + 1
+                resident = cache.tokens.resident(seq.shape, group, step).value
+                reads[group.layer_group] += cache.units_read(seq, group, step, resident)
+                if plan.slots_scalar is not None:
+                    reads[plan.slots_scalar] += resident * group.num_pairs // plan.slots_unit
+        return reads
+
+    def action_slots(self) -> list[int]:
+        return [
+            sum(
+                group.num_pairs * policy.acts_at(seq.shape, group, seq.steps + 1)
+                for seq in self.members
+                for group in self.cache.groups
+            )
+            for policy in self.cache.plan.acting
+        ]
+
+    def longest(self, layer_group: int) -> int:
+        """The longest head, as if all heads of its layer were as long."""
+        cache = self.cache
+        groups = [group for group in cache.groups if group.layer_group == layer_group]
+        all_pairs = sum(group.num_pairs for group in groups)
+        longest = 0
+        for seq in self.members:
+            for group in groups:
+                step = seq.steps + 1
+                resident = cache.tokens.resident(seq.shape, group, step).value
+                if seq.in_sawtooth:
+                    resident = cache.peak_tokens(seq, group, step)
+                read = cache.units_read(seq, group, step, resident)
+                longest = max(longest, read * all_pairs // group.num_pairs)
+        return longest
+
+
+# -- pools --------------------------------------------------------------------------------------------------------------
+
+
+class RefPool:
+    """A number of units. `resize` is the only way to hold more or fewer."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.free = capacity, capacity
+
+    def resize(self, seq: RefSequence, units: int) -> None:
+        self.free -= units - seq.held
+        seq.held = units
+        assert 0 <= self.free <= self.capacity
+
+    def hits(self, seq: RefSequence) -> list[RefBlock]:
+        return []
+
+    def share(self, seq: RefSequence, hits: list[RefBlock]) -> None:
+        """The sequence, new to the pool, holds these blocks from now on."""
+        assert not hits
+
+    def computed(self, seq: RefSequence) -> None:
+        """A step has ended that computed tokens of the sequence's prompt."""
+
+
+@dataclass(eq=False)
+class RefBlock:
+    number: int
+    key: tuple[int, int] | None = None  # (prefix hash, which block of it), where what it holds can be found
+    users: int = 0
+
+
+class RefPrefixPool(RefPool):
+    """vLLM v1's: numbered blocks, a free queue (least recently freed first), known contents found by looking at all blocks."""
+
+    def __init__(self, capacity: int, block_size: int, hash_block_tokens: int) -> None:
+        super().__init__(capacity)
+        self.block_size, self.per_hash = block_size, hash_block_tokens // block_size
+        self.all = [RefBlock(number) for number in range(capacity)]
+        self.queue = list(self.all)
+
+    def resize(self, seq: RefSequence, units: int) -> None:
+        while len(seq.blocks) < units:
+            block = self.queue.pop(0)
+            block.key, block.users = None, 1
+            seq.blocks.append(block)
+        while len(seq.blocks) > units:  # a sequence frees its last block first
+            block = seq.blocks.pop()
+            block.users -= 1
+            if not block.users:
+                self.queue.append(block)
+        self._count(seq)
+
+    def _count(self, seq: RefSequence) -> None:
+        seq.held, self.free = len(seq.blocks), len(self.queue)
+        if not seq.blocks:
+            seq.offered = 0
+
+    def _find(self, key: tuple[int, int]) -> RefBlock | None:
+        return next((block for block in self.all if block.key == key), None)
+
+    def _key(self, seq: RefSequence, block: int) -> tuple[int, int] | None:
+        value, part = divmod(block, self.per_hash)
+        hashes = seq.request.prefix_hashes
+        return (hashes[value], part) if value < len(hashes) else None
+
+    def hits(self, seq: RefSequence) -> list[RefBlock]:
+        """Leading whole prompt blocks that are known; one token at least is left to compute."""
+        found: list[RefBlock] = []
+        while True:
+            end = (len(found) + 1) * self.block_size
+            key = self._key(seq, len(found))
+            block = self._find(key) if key is not None else None
+            if block is None or end > seq.request.prompt_tokens or end > seq.prefill_tokens - 1:
+                return found
+            found.append(block)
+
+    def share(self, seq: RefSequence, hits: list[RefBlock]) -> None:
+        for block in hits:
+            if not block.users:
+                self.queue.remove(block)
+            block.users += 1
+        seq.blocks = list(hits)
+        seq.offered = len(hits)
+        self._count(seq)
+
+    def computed(self, seq: RefSequence) -> None:
+        while (seq.offered + 1) * self.block_size <= min(seq.computed_tokens, seq.request.prompt_tokens):
+            key = self._key(seq, seq.offered)
+            if key is not None and self._find(key) is None:
+                seq.blocks[seq.offered].key = key
+            seq.offered += 1
+
+
+# -- schedulers ---------------------------------------------------------------------------------------------------------
+
+
+class RefStep(NamedTuple):
+    """What one step computes: prompt chunks, a token for each of `decoding`, after moving units over the host link."""
+
+    chunks: list[tuple[RefSequence, Chunk]]
+    decoding: list[RefSequence]
+    moved_units: int = 0
+
+
+class RefScheduler:
+    def __init__(self, engine: Any, pool: RefPool, cache: RefCache, model: Any) -> None:
+        self.engine, self.pool, self.cache, self.model = engine, pool, cache, model
+        self.waiting: list[RefSequence] = []
+        self.running: list[RefSequence] = []  # in order of admission
+        self.swapped: list[RefSequence] = []
+        self.num_preemptions = 0
+
+    def schedule(self) -> RefStep | None:
+        """The next step, its blocks taken; None where there is nothing to do."""
+        raise NotImplementedError
+
+    def arrive(self, request: Request) -> None:
+        self.waiting.append(RefSequence(request, request.prompt_tokens, request.output_tokens, request.prompt_tokens))
+
+    def admit(self, seq: RefSequence, cached: int, hits: list[RefBlock]) -> None:
+        assert self.waiting[0] is seq
+        self.running.append(self.waiting.pop(0))
+        self.pool.share(seq, hits)
+        seq.computed_tokens = cached
+        if seq.scheduled_ps < 0:
+            seq.cached_tokens = cached
+
+    def preempt(self) -> RefSequence:
+        """Whoever was admitted last loses its cache, and will compute its prompt and what it has generated anew."""
+        seq = self.running.pop()
+        self.pool.resize(seq, 0)
+        seq.decoding, seq.in_sawtooth, seq.steps, seq.computed_tokens = False, False, 0, 0
+        seq.prefill_tokens = seq.prompt_tokens + seq.generated
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.insert(0, seq)
+        return seq
+
+    def shrink(self) -> None:
+        """What lanes give back that shrink in the coming step comes first."""
+        plan, cache = self.cache.plan, self.cache
+        for seq in self.running:
+            if seq.decoding:
+                now, then = cache.lanes_kept(seq), cache.lanes_in_step(seq, seq.steps + 1)
+                less = 0
+                for unit, before, after in zip(plan.lane_units, now, then, strict=True):
+                    less += unit * max(0, cache.blocks(before) - cache.blocks(after))
+                self.pool.resize(seq, seq.held - less)
+
+    def started(self, seq: RefSequence) -> None:
+        """Its prefill has ended and its policies have compressed the prompt."""
+        seq.decoding, seq.steps, seq.in_sawtooth = True, 0, False
+        self.cache.look_ahead(seq, returned=True)
+        self.pool.resize(seq, self.cache.units_kept(seq))
+
+    def stepped(self, seq: RefSequence) -> None:
+        """It has done one more decode step."""
+        seq.steps += 1
+        self.cache.look_ahead(seq)
+        self.pool.resize(seq, self.cache.units_kept(seq))
+
+    def finish(self, seq: RefSequence) -> None:
+        self.running.remove(seq)
+        self.pool.resize(seq, 0)
+
+
+class RefV1(RefScheduler):
+    def schedule(self) -> RefStep | None:
+        engine, pool, cache = self.engine, self.pool, self.cache
+        budget, preempted = engine.max_num_batched_tokens, False
+        chunks: list[tuple[RefSequence, Chunk]] = []
+        decoding: list[RefSequence] = []
+        self.shrink()
+        place = 0
+        while place < len(self.running) and budget:
+            seq = self.running[place]
+            chunk = 1 if seq.decoding else min(budget, seq.prefill_tokens - seq.computed_tokens)
+            units = cache.units_in_step(seq) if seq.decoding else cache.prefill_units(seq.computed_tokens + chunk)
+            while units - seq.held > pool.free and seq in self.running:
+                self.preempt()
+                preempted = True
+            if seq not in self.running:
+                break
+            pool.resize(seq, units)
+            if seq.decoding:
+                decoding.append(seq)
+            else:
+                chunks.append((seq, Chunk(chunk, seq.computed_tokens)))
+            budget -= chunk
+            place += 1
+        while self.waiting and budget and not preempted and len(self.running) < engine.max_num_seqs:
+            seq = self.waiting[0]
+            hits = pool.hits(seq)
+            said = min(seq.request.cached_prompt_tokens, seq.prefill_tokens - 1)
+            cached = max(said, len(hits) * engine.block_size_tokens)
+            chunk = min(budget, seq.prefill_tokens - cached)
+            tokens = seq.prefill_tokens if engine.reserve_full_prompt else cached + chunk
+            in_use = sum(1 for block in hits if block.users)
+            if cache.prefill_units(tokens) - in_use > pool.free:
+                break
+            self.admit(seq, cached, hits)
+            pool.resize(seq, cache.prefill_units(cached + chunk))
+            chunks.append((seq, Chunk(chunk, cached)))
+            budget -= chunk
+        if chunks or decoding:
+            return RefStep(chunks, decoding)
+        return self.schedule() if preempted else None
+
+
+class RefV0(RefScheduler):
+    def __init__(self, engine: Any, pool: RefPool, cache: RefCache, model: Any) -> None:
+        super().__init__(engine, pool, cache, model)
+        self.watermark = int(engine.watermark_frac * pool.capacity)
+        self.spare = cache.plan.prefill_units_per_block
+        self.host_units = int(engine.swap_space_gib * GIB) // cache.plan.unit_bytes
+
+    def schedule(self) -> RefStep | None:
+        if not self.swapped:
+            chunks = self._prefills()
+            if chunks:
+                return RefStep(chunks, [])
+        pool, cache, moved, preempted = self.pool, self.cache, 0, False
+        self.shrink()
+        place = 0
+        while place < len(self.running):
+            seq = self.running[place]
+            units = cache.units_in_step(seq)
+            while max(self.spare, units - seq.held) > pool.free and len(self.running) > 1 and seq in self.running:
+                moved += self._leave()
+                preempted = True
+            if seq not in self.running:
+                break
+            pool.resize(seq, units)
+            place += 1
+        if not preempted:
+            moved += self._return()
+        return RefStep([], list(self.running), moved) if self.running else None
+
+    def _prefills(self) -> list[tuple[RefSequence, Chunk]]:
+        engine, pool, cache = self.engine, self.pool, self.cache
+        budget = engine.prefill_budget(self.model)
+        chunks: list[tuple[RefSequence, Chunk]] = []
+        while self.waiting and len(self.running) < engine.max_num_seqs:
+            seq = self.waiting[0]
+            cached = min(seq.request.cached_prompt_tokens, seq.prefill_tokens - 1)
+            chunk = seq.prefill_tokens - cached
+            units = cache.prefill_units(seq.prefill_tokens)
+            if chunk > budget or units > pool.free - (self.watermark if self.running else 0):
+                break
+            self.admit(seq, cached, [])
+            pool.resize(seq, units)
+            chunks.append((seq, Chunk(chunk, cached)))
+            budget -= chunk
+        return chunks
+
+    def _leave(self) -> int:
+        """Preempts whoever was admitted last; returns the units that go to the host."""
+        seq = self.running[-1]
+        units = self.cache.units_kept(seq)
+        if self.engine.preemption == "recompute" or units > self.host_units:
+            self.preempt()
+            return 0
+        self.running.pop()
+        self.pool.resize(seq, 0)
+        self.host_units -= units
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self.swapped.insert(0, seq)
+        return units
+
+    def _return(self) -> int:
+        cache, pool, moved = self.cache, self.pool, 0
+        while self.swapped and len(self.running) < self.engine.max_num_seqs:
+            seq = self.swapped[0]
+            on_host = cache.units_kept(seq)
+            cache_before = seq.in_sawtooth
+            cache.look_ahead(seq, returned=True)
+            units = cache.units_kept(seq)
+            if self.running:
+                fits = units + 2 * self.spare <= pool.free - self.watermark
+            else:
+                fits = cache.units_in_step(seq) <= pool.free
+            if not fits:
+                seq.in_sawtooth = cache_before
+                break
+            self.running.append(self.swapped.pop(0))
+            self.host_units += on_host
+            pool.resize(seq, cache.units_in_step(seq))
+            moved += on_host
+        return moved
+
+
+class RefStatic(RefScheduler):
+    """Hugging Face: a batch of what waits, padded alike; beams; everyone leaves together."""
+
+    def schedule(self) -> RefStep | None:
+        if self.running:
+            self.shrink()
+            for seq in self.running:
+                self.pool.resize(seq, self.cache.units_in_step(seq))
+            return RefStep([], list(self.running))
+        size = min(self.engine.batch_size, len(self.waiting))
+        while size > 1 and self._units(self.waiting[:size]) > self.pool.capacity and self.engine.fit_batch:
+            size -= 1
+        if not size:
+            return None
+        members = self.waiting[:size]
+        if self._units(members) > self.pool.capacity:
+            raise StuckError("the batch does not fit")
+        prompt = max(seq.request.prompt_tokens for seq in members)
+        output = max(seq.request.output_tokens for seq in members)
+        chunks: list[tuple[RefSequence, Chunk]] = []
+        for seq in members:
+            seq.prompt_tokens, seq.prefill_tokens, seq.output_tokens = prompt, prompt, output
+            self.admit(seq, 0, [])
+            beams = [RefSequence(seq.request, prompt, output, prompt, True) for _ in range(self.engine.num_beams - 1)]
+            self.running += beams
+            for beam in (seq, *beams):
+                self.pool.resize(beam, self.cache.prefill_units(prompt))
+                chunks.append((beam, Chunk(prompt, 0)))
+        return RefStep(chunks, [])
+
+    def _units(self, members: list[RefSequence]) -> int:
+        prompt = max(seq.request.prompt_tokens for seq in members)
+        output = max(seq.request.output_tokens for seq in members)
+        return len(members) * self.engine.num_beams * self.cache.peak_units(prompt, output)
+
+
+SCHEDULERS = {"vllm_v1": RefV1, "vllm_v0": RefV0, "huggingface": RefStatic}
+
+
+# -- the loop -----------------------------------------------------------------------------------------------------------
+
+
+class StepRecord(NamedTuple):
+    start_ps: int
+    duration_ps: int
+    num_decodes: int
+    prefill_tokens: int
+    num_first_tokens: int
+    held_units: int
+
+
+@dataclass
+class RefResult:
+    requests: dict[int, dict[str, int]] = field(default_factory=dict)  # by index, REQUEST_FIELDS
+    steps: list[StepRecord] = field(default_factory=list)
+    gaps_ps: Counter[int] = field(default_factory=Counter)  # between the tokens of a sequence, beams included
+    op_ps: dict[str, int] = field(default_factory=dict)
+    end_ps: int = 0
+    num_preemptions: int = 0
+
+
+def simulate_reference(
+    engine: Engine, plan: CachePlan, pool: RefPool, source: RequestSource, costs: StepCosts,
+    contended: StepCosts | None = None,
+) -> RefResult:  # fmt: skip
+    """Every step of serving `source`. contended: costs while a side stream is busy; None where policies act in the step."""
+    cache, result, now, side_busy_until = RefCache(plan), RefResult(), 0, 0
+    scheduler = SCHEDULERS[engine.kind](engine, pool, cache, costs.model)
+    while True:
+        while source.next_arrival_ps is not None and source.next_arrival_ps <= now:
+            scheduler.arrive(source.take())
+        step = scheduler.schedule()
+        if step is None:
+            if source.next_arrival_ps is not None:
+                now = source.next_arrival_ps
+                continue
+            if scheduler.waiting or scheduler.swapped:
+                raise StuckError(f"{len(scheduler.waiting)} wait, {len(scheduler.swapped)} are swapped out, none fits")
+            break
+
+        # What the step costs.
+        current = contended if contended is not None and now < side_busy_until else costs
+        state = RefState(cache, step.decoding) if step.decoding else None
+        ending = [seq for seq, chunk in step.chunks if chunk.prior_tokens + chunk.new_tokens == seq.prefill_tokens]
+        compressed = [
+            (seq.prompt_tokens, seq.prefill_tokens) for seq in ending if seq.generated + 1 < seq.output_tokens
+        ]
+        if step.chunks:
+            duration = current.prefill_step(
+                state, [chunk for _, chunk in step.chunks], len(step.decoding) + len(ending),
+                compressed if contended is None else [],
+            )  # fmt: skip
+        else:
+            assert state is not None
+            duration = current.decode_step(state)
+        if step.moved_units:
+            answer = costs.profile.answer(Copy("host", step.moved_units * plan.unit_bytes))
+            moved_ps = round(answer.seconds * PS_PER_S)
+            costs.spend_transfer(moved_ps, answer)
+            duration += moved_ps
+        result.steps.append(
+            StepRecord(
+                now, duration, len(step.decoding), sum(chunk.new_tokens for _, chunk in step.chunks), len(ending),
+                pool.capacity - pool.free,
+            )
+        )  # fmt: skip
+
+        # The step ends.
+        started, now = now, now + duration
+        if contended is not None:
+            for prompt_tokens, prefill_tokens in compressed:  # one after the other, once the prefill is done
+                side_busy_until = max(side_busy_until, now) + contended.side_ps(prompt_tokens, prefill_tokens)
+        for seq in step.decoding:
+            _token(seq, now, result)
+            if seq.generated == seq.output_tokens:
+                _finish(seq, now, scheduler, source, result)
+            else:
+                scheduler.stepped(seq)
+        for seq, chunk in step.chunks:
+            seq.computed_tokens += chunk.new_tokens
+            if seq.scheduled_ps < 0:
+                seq.scheduled_ps = started
+            pool.computed(seq)
+            if seq.computed_tokens < seq.prefill_tokens:
+                continue
+            _token(seq, now, result)
+            if seq.generated == seq.output_tokens:
+                _finish(seq, now, scheduler, source, result)
+            else:
+                scheduler.started(seq)
+    assert pool.free == pool.capacity
+    result.end_ps, result.num_preemptions = now, scheduler.num_preemptions
+    for account in (costs, contended):
+        for label, value in account.op_times().items() if account is not None else ():
+            result.op_ps[label] = result.op_ps.get(label, 0) + value
+    return result
+
+
+def _token(seq: RefSequence, now: int, result: RefResult) -> None:
+    seq.generated += 1
+    if seq.first_token_ps < 0:
+        seq.first_token_ps = now
+    else:
+        result.gaps_ps[now - seq.last_token_ps] += 1
+    seq.last_token_ps = now
+
+
+def _finish(seq: RefSequence, now: int, scheduler: RefScheduler, source: RequestSource, result: RefResult) -> None:
+    scheduler.finish(seq)
+    if seq.is_beam:
+        return
+    request = seq.request
+    values = (
+        request.index, request.arrival_ps, seq.scheduled_ps, seq.first_token_ps, now, request.prompt_tokens,
+        request.output_tokens, seq.cached_tokens, seq.num_preemptions,
+    )  # fmt: skip
+    result.requests[request.index] = dict(zip(REQUEST_FIELDS, values, strict=True))
+    source.completed(request, now)
+
+
+# -- comparison ---------------------------------------------------------------------------------------------------------
+
+
+def expand(log: RunLog) -> tuple[list[StepRecord], list[tuple[int, int]], Counter[int]]:
+    """The log's rows step by step; (step, held units) at the end of each row; and its token gaps.
+
+    Steps do not carry held units (-1): the log has them at the ends of rows only.
+    """
+    rows = [dict(zip(log.step_columns(), map(int, row), strict=True)) for row in zip(*log.step_columns().values())]  # noqa: B905
+    steps: list[StepRecord] = []
+    held: list[tuple[int, int]] = []
+    gaps: Counter[int] = Counter(log.resumed_gaps_ps)
+    first = 0
+    while first < len(rows):
+        last = first + 1
+        while last < len(rows) and rows[last]["start_ps"] == rows[first]["start_ps"]:
+            last += 1
+        together, now = rows[first:last], rows[first]["start_ps"]
+        for j in range(together[0]["num_steps"]):
+            for row in together:
+                assert row["num_steps"] == together[0]["num_steps"], "interleaved rows must be equally long"
+                duration = row["first_step_ps"] + j * row["step_growth_ps"]
+                steps.append(
+                    StepRecord(now, duration, row["num_decodes"], row["prefill_tokens"], row["num_first_tokens"], -1)
+                )
+                now += duration
+                gaps[duration] += row["num_decodes"]
+                if j == row["num_steps"] - 1:
+                    held.append((len(steps) - 1, row["held_units"]))
+        first = last
+    for row, extra, number in zip(*(map(int, column) for column in log.stall_columns().values())):  # noqa: B905
+        duration = rows[row]["first_step_ps"]
+        gaps[duration] -= number
+        gaps[duration + extra] += number
+    return steps, held, Counter({gap: number for gap, number in gaps.items() if number})
+
+
+def differences(log: RunLog, truth: RefResult) -> list[str]:
+    """What the fast simulation's log says otherwise than the reference; the first few of each kind."""
+    found: list[str] = []
+
+    def differ(what: str, fast: object, reference: object) -> None:
+        if fast != reference:
+            found.append(f"{what}: kvsim {fast}, reference {reference}")
+
+    columns = log.request_columns()
+    requests = {
+        int(index): {name: int(columns[name][i]) for name in REQUEST_FIELDS} for i, index in enumerate(columns["index"])
+    }
+    differ("requests answered", sorted(requests), sorted(truth.requests))
+    for index in sorted(set(requests) & set(truth.requests)):
+        for name in REQUEST_FIELDS:
+            differ(f"request {index} {name}", requests[index][name], truth.requests[index][name])
+    steps, held, gaps = expand(log)
+    differ("steps", len(steps), len(truth.steps))
+    wrong = [i for i, (a, b) in enumerate(zip(steps, truth.steps, strict=False)) if a[:5] != b[:5]]
+    for i in wrong[:3]:
+        differ(f"step {i} (start, duration, decodes, prefill tokens, first tokens)", steps[i][:5], truth.steps[i][:5])
+    late = [(i, units) for i, units in held if i < len(truth.steps) and units != truth.steps[i].held_units]
+    for i, units in late[:3]:
+        differ(f"held units in step {i}, the last of a row", units, truth.steps[i].held_units)
+    differ("token gaps", sorted((gaps - truth.gaps_ps).items())[:4], sorted((truth.gaps_ps - gaps).items())[:4])
+    differ("preemptions", log.num_preemptions, truth.num_preemptions)
+    differ("end_ps", log.end_ps, truth.end_ps)
+    differ("peak held units", log.peak_held_units, max((step.held_units for step in truth.steps), default=0))
+    differ("allocated - freed units", log.units_allocated - log.units_freed, 0)
+    for label in sorted({*log.op_ps, *truth.op_ps}):
+        differ(f"op_ps {label}", log.op_ps.get(label, 0), truth.op_ps.get(label, 0))
+    return found
+
+
+def check_against_reference(scenario: Scenario, policy_name: str, result: PolicyResult | None = None) -> RefResult:
+    """Serves a scenario under one of its policies step by step; AssertionError where `result` (made if None) differs.
+
+    Takes some 50 µs a token: a few hundred requests. Limit them in the scenario's workload.
+    """
+    deployment = deploy(scenario)
+    plan = build_plan(deployment, scenario.policies[policy_name], f"policies.{policy_name}")
+    if result is None:
+        result = run_policy(scenario, deployment, policy_name, plan)
+    engine, source = deployment.engine, build_source(scenario.workload, scenario.base_dir)
+    capacity, size = result.pool_units, engine.block_tokens
+    pool = RefPool(capacity)
+    if source.hash_block_tokens and getattr(engine, "enable_prefix_caching", False) and plan.composition.blocks_shareable:
+        pool = RefPrefixPool(capacity, size, source.hash_block_tokens)
+    pool_slots = capacity // plan.prefill_units_per_block * size * plan.shape.num_pairs
+
+    def costs(hbm_share: float = 1.0) -> StepCosts:
+        return StepCosts(
+            deployment.model, deployment.tp, deployment.weight_dtype, engine, plan, deployment.profile, pool_slots, hbm_share
+        )
+
+    contended = costs(1 - engine.side_stream_hbm_frac) if engine.policy_stream == "side" else None
+    truth = simulate_reference(engine, plan, pool, source, costs(), contended)
+    found = differences(result.log, truth)
+    assert not found, "\n".join(found)
+    return truth
