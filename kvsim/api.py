@@ -69,7 +69,8 @@ def deploy(scenario: Scenario) -> Deployment:
 def build_plan(deployment: Deployment, policies: Iterable[Policy], field: str) -> CachePlan:
     """The cache under a composition of policies; raises InputError for contradictions, with the reason."""
     model, engine, tp = deployment.model, deployment.engine, deployment.tp
-    composition = Composition(tuple(policies), field)
+    chosen = tuple(policies)
+    composition = Composition(chosen, field)
     kv_dtype = engine.kv_dtype("fp16" if model.source and deployment.weight_dtype == "fp16" else "bf16")
     kinds = composition.describe()
     if composition.per_head_lengths and not engine.per_head_kv:
@@ -82,6 +83,13 @@ def build_plan(deployment: Deployment, policies: Iterable[Policy], field: str) -
             field, kinds, f"quantises a cache that engine.kv_cache_dtype={kv_dtype} has quantised already",
             "leave engine.kv_cache_dtype at auto",
         )  # fmt: skip
+    for place, policy in enumerate(chosen):
+        size = getattr(policy, "block_size_tokens", engine.block_tokens)
+        if engine.layout == "paged" and size != engine.block_tokens:
+            raise InputError(
+                f"{field}[{place}].block_size_tokens", size, f"must be engine.block_size_tokens={engine.block_tokens}",
+                f"set it to {engine.block_tokens}",
+            )  # fmt: skip
     shape = CacheShape(
         model.num_layers, model.q_heads_per_gpu(tp), model.kv_heads_per_gpu(tp), model.head_dim,
         kv_bytes_per_element(kv_dtype), engine.block_tokens,

@@ -38,7 +38,7 @@ class Scenario(Frozen):
     model: str = Field(description="name in the catalogue (kvsim list models), YAML, or a Hugging Face config.json")
     tensor_parallel: int = Field(1, ge=1, le=8, description="GPUs that share each layer")
     weight_dtype: WeightDtype = Field("bf16", description="format of the layers' matrices")
-    profile: str = Field("datasheet", description="what answers Ops with seconds")
+    profile: str = Field("datasheet", description="what answers Ops with seconds; datasheet is all there is so far")
     engine: AnyEngine = Field(description="the serving engine and its settings")
     workload: WorkloadConfig = Field(description="traffic")
     policies: dict[str, list[AnyPolicy]] = Field(description="compositions of policies to compare, by name")

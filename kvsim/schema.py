@@ -57,7 +57,7 @@ def _allowed(field: FieldInfo) -> str:
         for name in _BOUNDS:
             if getattr(item, name, None) is not None:
                 bounds[name] = getattr(item, name)
-    limits = ", ".join(f"{_BOUNDS[name]} {short_number(value)}" for name, value in bounds.items())
+    limits = ", ".join(f"{sign} {short_number(bounds[name])}" for name, sign in _BOUNDS.items() if name in bounds)
     kind = _kind(field.annotation)
     return f"{kind} {limits}".strip()
 
@@ -74,7 +74,7 @@ def _kind(annotation: Any) -> str:
     if annotation in _NAMES:
         return _NAMES[annotation]
     if get_origin(annotation) is Literal:
-        return " \\| ".join(str(value) for value in get_args(annotation))
+        return " | ".join(str(value) for value in get_args(annotation))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "block"
     parts = [part for part in get_args(annotation) if part is not type(None)]
@@ -97,6 +97,6 @@ def default_text(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, tuple):
         return f"({', '.join(f'{item:.3g}' for item in value[:2])}, ... {len(value)} in all)"
-    if value is None:
+    if value is None or value == {}:
         return "none"
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value) or "empty"

@@ -49,7 +49,7 @@ class Replica:
     def serve(self) -> Generator[simpy.Event, None, None]:
         """The process: runs until every request has been answered."""
         source = self.source
-        timeout, pick = self.env.timeout, self.scheduler.pick
+        timeout, pick, batch = self.env.timeout, self.scheduler.pick, self.scheduler.batch
         while True:
             now = self.now
             arrival = source.next_arrival_ps
@@ -68,10 +68,17 @@ class Replica:
                 self.now = now + duration
                 self._end_prefill(step, now)
             else:
-                steps, elapsed, _ = self._decode(step, arrival)
-                yield timeout(elapsed)
-                self.now = now + elapsed
-                self._advance(steps)
+                # A completion that nobody waits for decides nothing: runs follow one another, and the process sleeps once.
+                while True:
+                    steps, elapsed, _ = self._decode(step, arrival)
+                    self.now += elapsed
+                    self._advance(steps)
+                    arrival = source.next_arrival_ps
+                    if not step.open or not batch.size or (arrival is not None and arrival <= self.now):
+                        break
+                    step = pick()
+                    assert step is not None and not step.chunks
+                yield timeout(self.now - now)
         self._close()
 
     def _arrive(self, request: Request) -> None:

@@ -133,7 +133,7 @@ class _V1Scheduler(Scheduler):
                 self.partial, preempted = None, True
             else:
                 free, budget = free - units, budget - chunk
-                self._schedule(partial, chunk, chunks)
+                self._schedule(partial, chunk, partial.held_units + units, chunks)
         waiting, pool = self.waiting, self.pool
         while waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
             sequence = waiting[0]
@@ -143,23 +143,25 @@ class _V1Scheduler(Scheduler):
                 hit = pool.match(sequence)
                 cached = max(cached, hit)
             chunk = min(budget, whole - cached)
-            units = prefill_units(cached + chunk)
-            needed = prefill_units(whole) if self.reserve_full_prompt else units
+            units = taken = prefill_units(cached + chunk)
+            needed = prefill_units(whole) if self.reserve_full_prompt and cached + chunk < whole else units
             if hit:
-                free_hits = units - pool.units_to_admit(sequence, units)
-                units, needed = units - free_hits, needed - free_hits
+                taken = pool.units_to_admit(sequence, units)
+                needed -= units - taken
             if needed > free:
                 break
             if hit:
                 pool.admit(sequence)
                 sequence.held_units = len(sequence.shared_blocks)
             self.admit(sequence, cached)
-            free, budget = free - units, budget - chunk
-            self._schedule(sequence, chunk, chunks)
+            free, budget = free - taken, budget - chunk
+            self._schedule(sequence, chunk, units, chunks)
         return chunks
 
-    def _schedule(self, sequence: Sequence, chunk: int, chunks: list[tuple[Sequence, Chunk]]) -> None:
+    def _schedule(self, sequence: Sequence, chunk: int, units: int, chunks: list[tuple[Sequence, Chunk]]) -> None:
+        """The next `chunk` tokens of a prefill, which then holds `units`."""
         prior = sequence.computed_tokens
-        self.reserve(sequence, prior + chunk)
+        self.pool.take(units - sequence.held_units)
+        sequence.held_units = units
         chunks.append((sequence, Chunk(chunk, prior)))
         self.partial = sequence if prior + chunk < sequence.prefill_tokens else None
