@@ -108,7 +108,7 @@ class Prices:
         self.prefill_attention = _Memo(self._prefill_attention)
         self._prefill_ops = _Memo(self._prefill_op)
         self.tables = _Memo(self._table)
-        self.single = _Memo(lambda layer_group: self._attention_curve(layer_group, 1))
+        self.single = _Memo(self._single)
         self.alone_ps: list[dict[int, int]] = [{} for _ in plan.layers_of]  # values of single[layer_group] looked up already
         self.actions = _Memo(self._action_curve)
         self.host = _Memo(self._host)
@@ -161,10 +161,11 @@ class Prices:
         if len(chunks) > 1:
             largest = max(chunks)
             total = sum(self.prefill_attention[chunk] for chunk in chunks) - self.prefill_attention[largest]
-        cells = table.mixed
+        cells, alike = table.mixed, self.plan.alike_layer_groups
         for i, curve in enumerate(table.attention):
             x, xs = reads[i], curve.xs
             cell = bisect_right(xs, x) - 1
+            i = alike[i]
             line = cells.get((largest, i, cell))
             if line is None:
                 line = cells[largest, i, cell] = self._mixed_line(largest, i, table, cell)
@@ -187,6 +188,11 @@ class Prices:
         before, beside, after = (round(sum(self._seconds(op, HOST) for op in ops) * PS_PER_S) for ops in parts)
         return before, beside, after
 
+    def _single(self, layer_group: int) -> Curve:
+        first = self.plan.alike_layer_groups[layer_group]
+        curve: Curve = self._attention_curve(layer_group, 1) if first == layer_group else self.single[first]
+        return curve
+
     # -- curves ---------------------------------------------------------------------------------------------------
 
     def _table(self, batch: int) -> BatchTable:
@@ -195,12 +201,11 @@ class Prices:
         for price in (self.linear[batch], self.head[batch], self.pool_price):
             for label, value in price.parts.items():
                 fixed[label] = fixed.get(label, 0) + value
-        attention = [self._attention_curve(i, batch) for i in range(plan.num_layer_groups)]
-        others = []
-        for i in range(plan.num_layer_groups):
-            curve = self._cache_curve(i, batch, attention[i].knots)
-            if curve.parts:
-                others.append((i, curve))
+        alike = plan.alike_layer_groups  # those of one shape share a curve, and its account
+        curves = {i: self._attention_curve(i, batch) for i in set(alike)}
+        attention = [curves[i] for i in alike]
+        extras = {i: self._cache_curve(i, batch, curves[i].knots) for i in set(alike)}
+        others = [(i, extras[first]) for i, first in enumerate(alike) if extras[first].parts]
         if plan.slots_scalar is not None:
             knots = [0, *(1 << k for k in range(_MAX_SLOTS_LOG2))]
             others.append((plan.slots_scalar, self._curve(knots, lambda n: plan.step_ops(batch, n * plan.slots_unit))))
@@ -254,7 +259,7 @@ class Prices:
         curves = [*self.single.values(), *self.actions.values()]
         for table in self.tables.values():
             prices.append(table.fixed)
-            curves += [curve for _, curve in table.curves]
+            curves += {id(curve): curve for _, curve in table.curves}.values()
             if table.lone is not None and table.lone is not table.attention[0]:
                 curves.append(table.lone)
         for price in prices:

@@ -43,9 +43,11 @@ def ledger_differences(ledgers: Mapping[str, Sequence[LedgerLine]], reference: s
     sizes = {name: {line.name: line.num_bytes for line in ledger} for name, ledger in ledgers.items()}
 
     def cell(line: str, name: str) -> str:
-        own, base = sizes[name].get(line), sizes[reference].get(line, 0)
+        own, base = sizes[name].get(line), sizes[reference].get(line)
         if name == reference or own is None:
             return "-" if own is None else format_bytes(own)
+        if base is None:
+            return ("+" if own else "") + format_bytes(own)
         return "same" if own == base else ("+" if own > base else "-") + format_bytes(abs(own - base))
 
     title = f"GPU memory, per GPU (others: difference from {reference})"

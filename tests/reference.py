@@ -345,6 +345,7 @@ class RefScheduler:
         self.running: list[RefSequence] = []  # in order of admission
         self.swapped: list[RefSequence] = []
         self.num_preemptions = 0
+        self.peak_units = 0
 
     def schedule(self) -> RefStep | None:
         """The next step, its blocks taken; None where there is nothing to do."""
@@ -372,16 +373,26 @@ class RefScheduler:
         self.waiting.insert(0, seq)
         return seq
 
-    def shrink(self) -> None:
-        """What lanes give back that shrink in the coming step comes first."""
+    def shrink(self) -> dict[RefSequence, int]:
+        """Lanes that shrink in the coming step give their blocks back; returns the units, which are for decodes only."""
         plan, cache = self.cache.plan, self.cache
+        given: dict[RefSequence, int] = {}
         for seq in self.running:
             if seq.decoding:
                 now, then = cache.lanes_kept(seq), cache.lanes_in_step(seq, seq.steps + 1)
                 less = 0
                 for unit, before, after in zip(plan.lane_units, now, then, strict=True):
                     less += unit * max(0, cache.blocks(before) - cache.blocks(after))
+                given[seq] = less
                 self.pool.resize(seq, seq.held - less)
+        return given
+
+    def surplus(self, given: dict[RefSequence, int], taken: int) -> int:
+        """Units that shrinking lanes of those who still run gave back and no decode has taken: nobody's in this step."""
+        return max(0, sum(units for seq, units in given.items() if seq in self.running) - taken)
+
+    def note_peak(self, surplus: int = 0) -> None:
+        self.peak_units = max(self.peak_units, self.pool.capacity - self.pool.free + surplus)
 
     def started(self, seq: RefSequence) -> None:
         """Its prefill has ended and its policies have compressed the prompt."""
@@ -406,13 +417,13 @@ class RefV1(RefScheduler):
         budget, preempted = engine.max_num_batched_tokens, False
         chunks: list[tuple[RefSequence, Chunk]] = []
         decoding: list[RefSequence] = []
-        self.shrink()
-        place = 0
+        given, taken, place = self.shrink(), 0, 0
         while place < len(self.running) and budget:
             seq = self.running[place]
             chunk = 1 if seq.decoding else min(budget, seq.prefill_tokens - seq.computed_tokens)
             units = cache.units_in_step(seq) if seq.decoding else cache.prefill_units(seq.computed_tokens + chunk)
-            while units - seq.held > pool.free and seq in self.running:
+            more = units - seq.held
+            while seq in self.running and more > pool.free - (0 if seq.decoding else self.surplus(given, taken)):
                 self.preempt()
                 preempted = True
             if seq not in self.running:
@@ -420,6 +431,7 @@ class RefV1(RefScheduler):
             pool.resize(seq, units)
             if seq.decoding:
                 decoding.append(seq)
+                taken += more
             else:
                 chunks.append((seq, Chunk(chunk, seq.computed_tokens)))
             budget -= chunk
@@ -432,12 +444,13 @@ class RefV1(RefScheduler):
             chunk = min(budget, seq.prefill_tokens - cached)
             tokens = seq.prefill_tokens if engine.reserve_full_prompt else cached + chunk
             in_use = sum(1 for block in hits if block.users)
-            if cache.prefill_units(tokens) - in_use > pool.free:
+            if cache.prefill_units(tokens) - in_use > pool.free - self.surplus(given, taken):
                 break
             self.admit(seq, cached, hits)
             pool.resize(seq, cache.prefill_units(cached + chunk))
             chunks.append((seq, Chunk(chunk, cached)))
             budget -= chunk
+        self.note_peak(self.surplus(given, taken))
         if chunks or decoding:
             return RefStep(chunks, decoding)
         return self.schedule() if preempted else None
@@ -456,20 +469,22 @@ class RefV0(RefScheduler):
             if chunks:
                 return RefStep(chunks, [])
         pool, cache, moved, preempted = self.pool, self.cache, 0, False
-        self.shrink()
-        place = 0
+        given, taken, place = self.shrink(), 0, 0
         while place < len(self.running):
             seq = self.running[place]
             units = cache.units_in_step(seq)
-            while max(self.spare, units - seq.held) > pool.free and len(self.running) > 1 and seq in self.running:
+            more = units - seq.held
+            while max(self.spare, more) > pool.free and len(self.running) > 1 and seq in self.running:
                 moved += self._leave()
                 preempted = True
             if seq not in self.running:
                 break
             pool.resize(seq, units)
+            taken += more
             place += 1
         if not preempted:
-            moved += self._return()
+            moved += self._return(self.surplus(given, taken))
+        self.note_peak(self.surplus(given, taken))
         return RefStep([], list(self.running), moved) if self.running else None
 
     def _prefills(self) -> list[tuple[RefSequence, Chunk]]:
@@ -485,6 +500,7 @@ class RefV0(RefScheduler):
                 break
             self.admit(seq, cached, [])
             pool.resize(seq, units)
+            self.note_peak()
             chunks.append((seq, Chunk(chunk, cached)))
             budget -= chunk
         return chunks
@@ -504,7 +520,7 @@ class RefV0(RefScheduler):
         self.swapped.insert(0, seq)
         return units
 
-    def _return(self) -> int:
+    def _return(self, surplus: int) -> int:
         cache, pool, moved = self.cache, self.pool, 0
         while self.swapped and len(self.running) < self.engine.max_num_seqs:
             seq = self.swapped[0]
@@ -512,11 +528,8 @@ class RefV0(RefScheduler):
             cache_before = seq.in_sawtooth
             cache.look_ahead(seq, returned=True)
             units = cache.units_kept(seq)
-            if self.running:
-                fits = units + 2 * self.spare <= pool.free - self.watermark
-            else:
-                fits = cache.units_in_step(seq) <= pool.free
-            if not fits:
+            room = units + surplus + self.watermark + 2 * self.spare if self.running else cache.units_in_step(seq)
+            if room > pool.free:
                 seq.in_sawtooth = cache_before
                 break
             self.running.append(self.swapped.pop(0))
@@ -531,9 +544,10 @@ class RefStatic(RefScheduler):
 
     def schedule(self) -> RefStep | None:
         if self.running:
-            self.shrink()
+            given, held = self.shrink(), sum(seq.held for seq in self.running)
             for seq in self.running:
                 self.pool.resize(seq, self.cache.units_in_step(seq))
+            self.note_peak(self.surplus(given, sum(seq.held for seq in self.running) - held))
             return RefStep([], list(self.running))
         size = min(self.engine.batch_size, len(self.waiting))
         while size > 1 and self._units(self.waiting[:size]) > self.pool.capacity and self.engine.fit_batch:
@@ -554,6 +568,7 @@ class RefStatic(RefScheduler):
             for beam in (seq, *beams):
                 self.pool.resize(beam, self.cache.prefill_units(prompt))
                 chunks.append((beam, Chunk(prompt, 0)))
+        self.note_peak()
         return RefStep(chunks, [])
 
     def _units(self, members: list[RefSequence]) -> int:
@@ -585,6 +600,7 @@ class RefResult:
     op_ps: dict[str, int] = field(default_factory=dict)
     end_ps: int = 0
     num_preemptions: int = 0
+    peak_units: int = 0
 
 
 def simulate_reference(
@@ -657,7 +673,7 @@ def simulate_reference(
             else:
                 scheduler.started(seq)
     assert pool.free == pool.capacity
-    result.end_ps, result.num_preemptions = now, scheduler.num_preemptions
+    result.end_ps, result.num_preemptions, result.peak_units = now, scheduler.num_preemptions, scheduler.peak_units
     for account in (costs, contended):
         for label, value in account.op_times().items() if account is not None else ():
             result.op_ps[label] = result.op_ps.get(label, 0) + value
@@ -750,7 +766,7 @@ def differences(log: RunLog, truth: RefResult) -> list[str]:
     differ("token gaps", sorted((gaps - truth.gaps_ps).items())[:4], sorted((truth.gaps_ps - gaps).items())[:4])
     differ("preemptions", log.num_preemptions, truth.num_preemptions)
     differ("end_ps", log.end_ps, truth.end_ps)
-    differ("peak held units", log.peak_held_units, max((step.held_units for step in truth.steps), default=0))
+    differ("peak held units", log.peak_held_units, truth.peak_units)
     differ("allocated - freed units", log.units_allocated - log.units_freed, 0)
     for label in sorted({*log.op_ps, *truth.op_ps}):
         differ(f"op_ps {label}", log.op_ps.get(label, 0), truth.op_ps.get(label, 0))

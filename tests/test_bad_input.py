@@ -125,8 +125,11 @@ TRACES = [
     wrong("workload={trace: {path: cut.csv.gz, format: csv}}", "cut.csv.gz", "copy it again"),
     wrong("workload={trace: {path: cut.jsonl, format: jsonl}}", "cut.jsonl:1 row=", "correct the row"),
     wrong("workload={trace: {path: ., format: csv}}", "workload.trace.path='.' must be a readable file (Is a directory)"),
+    wrong(["engine.block_size_tokens=48", "workload={trace: {path: moon.jsonl, format: mooncake}}"],
+          "engine.block_size_tokens=48 must divide the trace's hash blocks of 512", "enable_prefix_caching: false"),
+    wrong("workload={trace: {path: hashed.csv, format: csv}}", "workload.trace.hash_block_tokens must be given", "try 16"),
     wrong("workload={trace: {path: good.csv, format: csv}, warmup_requests: 9}", "workload.warmup_requests=9", "try 0"),
-]
+]  # fmt: skip
 POLICIES = [
     wrong("policies={}", "policies must name at least one policy", "try full: []"),
     wrong("policies=null", "policies=null must be a mapping", "try policies: {full: []"),
@@ -151,6 +154,8 @@ POLICIES = [
     wrong("policies.a=[{kind: kivi}, {kind: kv_quant}]", "at most one policy that acts on bits", "drop kivi or kv_quant"),
     wrong(["engine.kv_cache_dtype=fp8", "policies.a=[{kind: kv_quant}]"], "engine.kv_cache_dtype=fp8", "at auto"),
     wrong("policies.a=[{kind: ada_kv}]", "another number of tokens in every KV head", "engine.per_head_kv: true"),
+    wrong(["engine.per_head_kv=true", "policies.a=[{kind: kv_compress, compression_ratio: 4, block_size_tokens: 32}]"],
+          "policies.a[0].block_size_tokens=32 must be engine.block_size_tokens=16", "set it to 16"),
     wrong("slo={ttft_p99: 2}", "slo.ttft_p99=2.0 is not a limit", "did you mean ttft_p99_s?"),
     wrong("slo.ttft_p99_s=2 s", "slo.ttft_p99_s='2 s' must be a number without a unit", "it is in seconds"),
     wrong("slo.ttft_p99_s=-1", "slo.ttft_p99_s=-1.0 must be a positive number"),
@@ -183,6 +188,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     texts = {
         "scenario.yaml": SCENARIO,
         "good.csv": HEADER + row + "1,5,5\n",
+        "moon.jsonl": '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}\n',
+        "hashed.csv": HEADER.replace("\n", ",prefix_hashes\n") + "0,500,5,1 2\n",
         "empty.csv": "",
         "header.csv": HEADER,
         "word.csv": HEADER + row + "1,x,5\n",

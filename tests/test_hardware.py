@@ -132,7 +132,7 @@ def test_user_file_with_plain_numbers(tmp_path):
         ({"num_sms": 1.5}, r"gpu.num_sms=1.5 must be a whole number"),
         ({"l2_mib": -1}, r"gpu.l2_mib=-1 must be a finite number > 0"),
         ({"l2_mib": float("nan")}, r"gpu.l2_mib=nan must be a finite number > 0"),
-        ({"l2_mib": True}, r"gpu.l2_mib=True must be a number"),
+        ({"l2_mib": True}, r"gpu.l2_mib=true must be a number"),
         ({"hbm_bandwidth_gb_per_s": "fast"}, r"gpu.hbm_bandwidth_gb_per_s='fast' must be a number"),
         ({"board_power_w": None}, r"gpu.board_power_w must not be null"),
         ({"board_powr_w": 3}, r"gpu.board_powr_w is not a known key; did you mean board_power_w\?"),

@@ -233,6 +233,9 @@ class CachePlan:
             sum(g.num_pairs for g in self.groups if g.layer_group == layer_group)
             for layer_group in range(self.num_layer_groups)
         ]
+        shapes = list(zip(self.scalar_bytes, self.layers_of, strict=True))
+        self.alike_layer_groups = [shapes.index(shape) for shape in shapes]
+        """For each layer group the first of the same shape: what they cost is the same function of what they read."""
         self._slots_per_layer = [
             size / layers / self.slot_bytes for size, layers in zip(self.scalar_bytes, self.layers_of, strict=True)
         ]

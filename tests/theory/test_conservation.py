@@ -155,6 +155,8 @@ def simulate_random(seed: int, base_dir: Path) -> tuple[Scenario, PolicyResult, 
     engine, policy = random_engine(random), random_policy(random)
     if name.endswith("hashes") and "block_size_tokens" in engine:
         engine["block_size_tokens"] = random.choice((4, 16, 32))
+    block = engine.get("block_size_tokens", 1)
+    policy = [p | {"block_size_tokens": block} if p["kind"] == "kv_compress" else p for p in policy]
     fields = {"workload": random_workload(random, base_dir, name), "policy": policy}
     fields["tensor_parallel"] = random.choice((1, 1, 1, 2, 8))
     pool_tokens = random.choice((20, 20, 20, 100, 300, 3000))

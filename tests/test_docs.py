@@ -1,0 +1,102 @@
+"""Documents that are made of the code are current, and what README shows works."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from kvsim.cli import EXIT_CODES, main
+from kvsim.scenario import Scenario
+from kvsim.workload import WorkloadConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def fenced(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_documents_are_current(generate: ModuleType) -> None:
+    for path, text in generate.pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is out of date: run python docs/generate.py"
+
+
+def test_every_field_of_a_scenario_is_described(generate: ModuleType) -> None:
+    """With unit, bounds and default on the page, and a meaning in the code."""
+    page = (ROOT / "docs" / "scenarios.md").read_text(encoding="utf-8")
+    policies = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+    blocks = {Scenario, WorkloadConfig}
+    while True:
+        found = {m for b in blocks for field in b.model_fields.values() for m in generate.models_in(field.annotation)}
+        if found <= blocks:
+            break
+        blocks |= found
+    assert len(blocks) > 25
+    for block in blocks:
+        for name, field in block.model_fields.items():
+            if name == "kind" or field.exclude:
+                continue
+            assert field.description, f"{block.__name__}.{name} has no description"
+            assert f"| `{name}` |" in page + policies, f"{block.__name__}.{name} is not in the documents"
+
+
+def test_the_python_example_works(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (example,) = fenced("python")
+    assert '"workload.num_requests": 300' in example
+    small = example.replace('"workload.num_requests": 300', '"workload.num_requests": 110, "policies": {"full": [], "a": []}')
+    exec(compile(small, "README.md", "exec"), {"__name__": "readme"})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(re.fullmatch(r"\S+ +\d+ tokens/s, p99 TTFT +[\d.]+ s", line) for line in lines)
+
+
+def test_the_yaml_and_the_options_of_readme_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = fenced("yaml")
+    WorkloadConfig.model_validate(yaml.safe_load(block)["workload"])
+    assert main(["run", "--help"]) == 0
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", README)) <= options
+
+
+def test_exit_codes_are_the_same_in_help_and_readme() -> None:
+    codes = {int(code) for code in re.findall(r"^  (\d+) ", EXIT_CODES, re.MULTILINE)}
+    assert codes == {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)} == {0, 1, 2, 130, 141}
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_numbers_quoted_from_the_data_are_those_of_the_data() -> None:
+    from kvsim.hardware import list_gpus
+    from kvsim.model import list_models
+
+    assert f"{len(list_gpus())} GPUs and {len(list_models())} models" in README
+    profile = (ROOT / "kvsim" / "data" / "profiles" / "datasheet_efficiencies.yaml").read_text(encoding="utf-8")
+    quoted = re.search(r"medians are (.*?)\. The report", README, re.DOTALL)
+    assert quoted is not None
+    in_readme = set(re.findall(r"(\d+) %", quoted[1]))
+    assert in_readme == set(re.findall(r"median\s+error\s+(\d+)%", profile))
+
+
+def test_no_registry_is_named() -> None:
+    for name in ("constraints.txt", "pyproject.toml", "Makefile", "README.md"):
+        assert not re.search(r"index-url|find-links|pypi\.|/simple\b", (ROOT / name).read_text(encoding="utf-8")), name
