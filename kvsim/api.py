@@ -166,7 +166,7 @@ def run_policy(
     contended = costs(1 - engine.side_stream_hbm_frac) if engine.policy_stream == "side" else None
     env = simpy.Environment(initial_time=0)
     replica = Replica(
-        env, source, engine.scheduler(pool, plan), costs(), contended,
+        env, source, engine.scheduler(pool, plan, model), costs(), contended,
         _RequestCheck(deployment, plan, ledger.pool_units), progress,
     )  # fmt: skip
     env.process(replica.serve())

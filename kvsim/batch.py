@@ -28,7 +28,6 @@ class Sequence:
         "held_units",
         "is_beam",
         "join_step",
-        "known_blocks",
         "last_token_ps",
         "num_preemptions",
         "output_tokens",
@@ -62,8 +61,8 @@ class Sequence:
         self.join_step = 0  # the batch's step count when it joined, and that of its last token
         self.finish_step = 0
         self.decode_steps = 0  # decode steps done when it was swapped out
-        self.shared_blocks: list[int] = []  # keys of its blocks that the prefix cache can find
-        self.known_blocks = 0  # leading prompt blocks already offered to the prefix cache
+        # Its leading blocks as the prefix cache knows them: by key, or None for a copy that cannot be found.
+        self.shared_blocks: list[int | None] = []
 
 
 class DecodeBatch:

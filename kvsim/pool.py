@@ -73,9 +73,9 @@ class PrefixPool(BlockPool):
         self.block_size = block_size_tokens
         self.blocks_per_hash = hash_block_tokens // block_size_tokens
         self._refs: dict[int, int] = {}  # known blocks in use, by key
-        # Free blocks: a known block by its key (always >= 0), or a number of blocks that hold nothing findable.
-        self._queue: OrderedDict[int, int] = OrderedDict({-1: capacity_units})
-        self._ids = count(2)
+        # Free blocks in order of reuse: a known block by its key, or, under a key of its own, a number of others.
+        self._queue: OrderedDict[int | tuple[str, int], int] = OrderedDict({("others", 0): capacity_units})
+        self._ids = count(1)
 
     def take(self, units: int) -> None:
         super().take(units)
@@ -91,7 +91,7 @@ class PrefixPool(BlockPool):
     def give(self, units: int) -> None:
         super().give(units)
         if units:
-            self._queue[-next(self._ids)] = units
+            self._queue["others", next(self._ids)] = units
 
     def _keys(self, sequence: Sequence, start: int, stop: int) -> Iterator[int]:
         """Keys of the prompt's blocks start, start + 1, ... stop - 1, as far as its hashes go."""
@@ -117,9 +117,9 @@ class PrefixPool(BlockPool):
         return units - sum(key in self._refs for key in self._hits(sequence))
 
     def admit(self, sequence: Sequence) -> None:
-        sequence.shared_blocks = self._hits(sequence)
-        sequence.known_blocks = len(sequence.shared_blocks)
-        for key in sequence.shared_blocks:
+        hits = self._hits(sequence)
+        sequence.shared_blocks = [*hits]
+        for key in hits:
             if key in self._refs:
                 self._refs[key] += 1
             else:
@@ -129,19 +129,22 @@ class PrefixPool(BlockPool):
 
     def computed(self, sequence: Sequence) -> None:
         stop = min(sequence.computed_tokens, sequence.request.prompt_tokens) // self.block_size
-        for key in self._keys(sequence, sequence.known_blocks, stop):
-            sequence.known_blocks += 1
-            if key not in self._refs and key not in self._queue:
+        for key in self._keys(sequence, len(sequence.shared_blocks), stop):
+            if key in self._refs or key in self._queue:
+                sequence.shared_blocks.append(None)
+            else:
                 self._refs[key] = 1
                 sequence.shared_blocks.append(key)
 
     def release(self, sequence: Sequence, units: int) -> None:
         self.give(units - len(sequence.shared_blocks))
         for key in reversed(sequence.shared_blocks):
+            if key is None:
+                self.give(1)
+                continue
             self._refs[key] -= 1
             if not self._refs[key]:
                 del self._refs[key]
                 self._queue[key] = 1
                 super().give(1)
         sequence.shared_blocks = []
-        sequence.known_blocks = 0

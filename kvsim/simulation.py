@@ -110,7 +110,8 @@ class Replica:
         decodes = 0
         if step.decodes:
             decodes = batch.size
-            self._grow(batch.next_units())
+            self._grow(batch.next_units() - scheduler.prepaid_units)
+            scheduler.prepaid_units = 0
         elif batch.size:
             self._stalled = True
         duration = costs.prefill_step(batch if decodes else None, chunks, decodes + ending, compressed)
@@ -161,7 +162,8 @@ class Replica:
             run = self._swap(run, step.swapped_units)
         if self._stalled:
             self._record_stalls(now)
-        size, waiting, held = batch.size, len(scheduler.waiting), pool.capacity_units - pool.free_units
+        size, waiting, prepaid = batch.size, len(scheduler.waiting), scheduler.prepaid_units
+        held = pool.capacity_units - pool.free_units - prepaid
         units, done = 0, 0
         takes = batch.need_total or batch.num_shrinking
         for start, first, growth, steps in run[2]:
@@ -169,7 +171,8 @@ class Replica:
             if takes:
                 units = batch.units_needed(done)
             self.log.steps.extend((now + start, first, growth, steps, size, 0, 0, held + units, waiting))
-        self._grow(units)
+        self._grow(units - prepaid)
+        scheduler.prepaid_units = 0
         return run
 
     def _grow(self, units: int) -> None:

@@ -25,6 +25,7 @@ from reference import (
     RefSequence,
     check_against_reference,
     differences,
+    expand,
     simulate_reference,
 )
 
@@ -206,7 +207,7 @@ class Case:
         if self._shares(source):
             pool = PrefixPool(capacity, engine.block_tokens, source.hash_block_tokens)
         env = simpy.Environment(initial_time=0)
-        replica = Replica(env, source, engine.scheduler(pool, self.plan), self.costs(), self.contended())
+        replica = Replica(env, source, engine.scheduler(pool, self.plan, self.model), self.costs(), self.contended())
         env.process(replica.serve())
         env.run()
         return replica.log
@@ -450,7 +451,7 @@ def case_of(
 
 def boundaries(case: Case) -> list[int]:
     """When its steps begin."""
-    return sorted({int(start) for start in case.fast().step_columns()["start_ps"]})
+    return [step.start_ps for step in expand(case.fast())[0]]
 
 
 ENGINES_SMALL = (
@@ -555,6 +556,22 @@ def test_v0_swaps_in_what_fills_the_pool() -> None:
     engine = VllmV0(block_size_tokens=1, watermark_frac=0.0, preemption="swap")
     for units in range(9, 16):
         case_of(engine, [], (0, 2, 8), (0, 2, 8), pool_units=units).check()
+
+
+def test_v0_swap_in_leaves_what_shrinking_lanes_will_give_back() -> None:
+    """Those blocks are not free yet when the sequence comes back."""
+    engine = VllmV0(max_num_seqs=8, block_size_tokens=4, watermark_frac=0.0, preemption="swap")
+    rows = [(0, 9, 37), (0, 15, 22), (0, 24, 24), (400 * TICK_PS, 28, 14)]
+    think = [Window(window_tokens=27), ThinK(pruned_frac=0.5, recent_tokens=0)]
+    case_of(engine, think, *rows, model=tiny_model(head_dim=64), pool_units=114).check()
+
+
+def test_peak_in_the_middle_of_a_run() -> None:
+    """Lanes of whole keys grow and lanes of pruned keys shrink, each in its own step."""
+    think = [Window(window_tokens=18), ThinK(pruned_frac=0.5, recent_tokens=0)]
+    for output in range(2, 24):
+        engine = VllmV1(max_num_seqs=4, block_size_tokens=4)
+        case_of(engine, think, (0, 13, output), model=tiny_model(head_dim=64)).check()
 
 
 def test_decodes_take_their_blocks_before_the_queue_looks_for_hits() -> None:

@@ -109,7 +109,7 @@ class Engine(Frozen):
         """Kernels of one forward pass."""
         return num_launches_per_step(model, tp)
 
-    def scheduler(self, pool: BlockPool, plan: CachePlan) -> Scheduler:
+    def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
         """A scheduler with an empty queue over this pool."""
         raise NotImplementedError
 

@@ -87,7 +87,7 @@ class HuggingFace(Engine):
             ),
         )  # fmt: skip
 
-    def scheduler(self, pool: BlockPool, plan: CachePlan) -> Scheduler:
+    def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
         return _StaticScheduler(self, pool, plan)
 
     def notes(self) -> tuple[str, ...]:

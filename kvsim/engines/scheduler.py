@@ -37,6 +37,7 @@ class Scheduler:
         self.running: dict[Sequence, None] = {}  # in order of admission, prefills included
         self.swapped: deque[tuple[Sequence, int]] = deque()  # out in host memory, with the units they held
         self.num_preemptions = 0
+        self.prepaid_units = 0  # of what the next step takes, already taken from the pool
         self.last_decode_ps = 0  # when the decoding batch last got its tokens
 
     def pick(self) -> Step | None:

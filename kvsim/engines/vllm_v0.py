@@ -82,14 +82,14 @@ class VllmV0(Engine):
             MemoryLine("CUDA graphs", 0 if self.enforce_eager else _GRAPH_BYTES, "assumed; outside the utilization", True),
         )  # fmt: skip
 
-    def scheduler(self, pool: BlockPool, plan: CachePlan) -> Scheduler:
-        return _V0Scheduler(self, pool, plan)
+    def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
+        return _V0Scheduler(self, pool, plan, model)
 
 
 class _V0Scheduler(Scheduler):
-    def __init__(self, engine: VllmV0, pool: BlockPool, plan: CachePlan) -> None:
+    def __init__(self, engine: VllmV0, pool: BlockPool, plan: CachePlan, model: Model) -> None:
         super().__init__(pool, plan, engine.max_num_seqs)
-        self.budget = engine.max_num_batched_tokens or (1 << 62)  # checked against the longest sequence
+        self.budget = engine.prefill_budget(model)
         self.watermark = int(engine.watermark_frac * pool.capacity_units)
         self.swaps = engine.preemption == "swap"
         self.swap_units = int(engine.swap_space_gib * GIB) // plan.unit_bytes

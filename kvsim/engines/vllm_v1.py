@@ -84,7 +84,7 @@ class VllmV1(Engine):
             MemoryLine("CUDA graphs", 0 if self.enforce_eager else _GRAPH_BYTES, "assumed; outside the utilization", True),
         )  # fmt: skip
 
-    def scheduler(self, pool: BlockPool, plan: CachePlan) -> Scheduler:
+    def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
         return _V1Scheduler(self, pool, plan)
 
 
@@ -108,6 +108,9 @@ class _V1Scheduler(Scheduler):
             growth = batch.next_units()
         open_to_arrivals = False
         if self.partial is not None or self.waiting:
+            if pool.shares and growth > 0:  # decodes take their blocks, known or not, before the queue looks for hits
+                pool.take(growth)
+                self.prepaid_units, growth = growth, 0
             chunks = self._fill(pool.free_units - max(0, growth), self.num_preemptions > before)
             if chunks:
                 return Step(chunks, batch.size > 0, 1, True)

@@ -110,11 +110,12 @@ class KVCompress(Policy):
         return Ramp(lowest + phase, 1, interval - phase)
 
     def period_steps(self, seq: SequenceShape, step: int) -> int:
+        """From the second tooth on: the first may rise higher than what a short prompt held before it."""
         interval = self.interval_steps
         if self.compression_ratio == 1 or not 1 < interval <= LONGEST_PERIOD_STEPS:
             return 0
         group = HeadGroup(0, 1, 1)  # all groups act in the same steps
-        return interval if step >= self._first_action(seq, group) else 0
+        return interval if step > self._first_action(seq, group) else 0
 
     def acts_at(self, seq: SequenceShape, group: HeadGroup, step: int) -> int:
         """Longer intervals only: a compression in every step is part of the step."""
