@@ -82,7 +82,6 @@ class DecodeBatch:
         self.block_size = plan.shape.block_size_tokens
         self.need = [0] * self.block_size  # units that sequences take in steps of that residue
         self.need_total = 0
-        self.num_shrinking = 0
         self._lane_units, self._window_units = plan.lane_units, plan.window_units
         self._layer_groups = range(plan.num_layer_groups)
         self.period = 0
@@ -150,15 +149,10 @@ class DecodeBatch:
         need, size = self.need, self.block_size
         tokens = segment.tokens
         for lane, slope in enumerate(segment.d_tokens):
-            if slope == 1:  # a block is taken in the step that begins it
+            if slope:  # a block is taken in the step that begins it
                 units = self._lane_units[lane]
                 need[(step + 2 - tokens[lane]) % size] += units
                 self.need_total += units
-            elif slope:
-                units = self._lane_units[lane]
-                need[(step + 1 + tokens[lane]) % size] -= units
-                self.need_total -= units
-                self.num_shrinking += 1
         if segment.period:
             self._tooth(segment, step, 1)
         if segment.actions is not None:
@@ -180,15 +174,10 @@ class DecodeBatch:
         held, tokens = self._window_units, segment.tokens
         for lane, slope in enumerate(segment.d_tokens):
             units, start_tokens = self._lane_units[lane], tokens[lane]
-            if slope == 1:
+            if slope:
                 need[(start + 2 - start_tokens) % size] -= units
                 self.need_total -= units
                 held += units * -((1 - done - start_tokens) // size)
-            elif slope:
-                need[(start + 1 + start_tokens) % size] += units
-                self.need_total += units
-                self.num_shrinking -= 1
-                held += units * -((done - 1 - start_tokens) // size)
             else:
                 held += units * -(-start_tokens // size)
         if segment.period:
@@ -218,18 +207,18 @@ class DecodeBatch:
     # -- time -----------------------------------------------------------------------------------------------------
 
     def next_units(self) -> int:
-        """Pool units that the next step takes, net of what shrinking lanes give back."""
+        """Pool units that the next step takes."""
         return self.need[(self.step + 1) % self.block_size]
 
     def next_units_of(self, sequence: Sequence) -> int:
-        """What one member takes of the pool in the next step, or gives back."""
+        """What one member takes of the pool in the next step."""
         segment, done = sequence.segment, self.step - sequence.segment_start
         assert segment is not None
         held = self.plan.lane_held
         return held(segment.tokens, segment.d_tokens, done + 1) - held(segment.tokens, segment.d_tokens, done)
 
     def units_needed(self, steps: int) -> int:
-        """Pool units that the next `steps` steps take, net of what shrinking lanes give back."""
+        """Pool units that the next `steps` steps take."""
         need, size = self.need, self.block_size
         cycles = steps // size
         taken = cycles * self.need_total
@@ -241,16 +230,11 @@ class DecodeBatch:
 
     def steps_within(self, free_units: int, max_steps: int) -> int:
         """How many of the next `max_steps` steps the pool can feed with `free_units`."""
-        if not self.num_shrinking:
-            if not self.need_total:
-                return max_steps
-            cycles = free_units // self.need_total  # each whole cycle takes need_total
-            if cycles * self.block_size >= max_steps:
-                return max_steps
-            left, done = free_units - cycles * self.need_total, cycles * self.block_size
-        else:
-            left, done = free_units, 0
+        if not self.need_total:
+            return max_steps
         size = self.block_size
+        cycles = free_units // self.need_total  # each whole cycle takes need_total
+        left, done = free_units - cycles * self.need_total, cycles * size
         while done < max_steps:
             left -= self.need[(self.step + 1 + done) % size]
             if left < 0:
@@ -324,7 +308,7 @@ class DecodeBatch:
 
 
 class PlainBatch(DecodeBatch):
-    """A batch whose plan has one scalar and one lane that never shrinks: the same sums, without the loops over them."""
+    """A batch whose plan has one scalar and one lane: the same sums, without the loops over them."""
 
     def advance(self, steps: int) -> None:
         self.step += steps

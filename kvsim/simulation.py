@@ -165,10 +165,9 @@ class Replica:
         size, waiting, prepaid = batch.size, len(scheduler.waiting), scheduler.prepaid_units
         held = pool.capacity_units - pool.free_units - prepaid
         units, done = 0, 0
-        takes = batch.need_total or batch.num_shrinking
         for start, first, growth, steps in run[2]:
             done += steps
-            if takes:
+            if batch.need_total:
                 units = batch.units_needed(done)
             self.log.steps.extend((now + start, first, growth, steps, size, 0, 0, held + units, waiting))
         self._grow(units - prepaid)
@@ -176,11 +175,9 @@ class Replica:
         return run
 
     def _grow(self, units: int) -> None:
-        """Blocks that the decoding batch takes, or gives back, in the steps that begin."""
-        if units > 0:
+        """Blocks that the decoding batch takes in the steps that begin."""
+        if units:
             self.scheduler.pool.take(units)
-        elif units:
-            self.scheduler.pool.give(-units)
 
     def _advance(self, steps: int) -> None:
         """The decoding batch has got its tokens: sequences finish, or their policies turn to the next piece."""

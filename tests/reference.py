@@ -8,7 +8,7 @@ Rules that are conventions rather than physics:
 - Time is whole picoseconds; what happens during a step is seen at its end, an arrival at that very moment included.
 - Between two steps a sequence holds the blocks of what it keeps. Where its tokens policy drops tokens at the start of its next
   step, those blocks are free as soon as the last step has ended, and the next step's own token asks for its slot anew.
-- Blocks that shrinking lanes give back in a step serve the decodes of that step; the queue sees them from the next on.
+- Blocks that shrinking lanes do not need in the coming step are free before it is scheduled.
 - A prefill under a policy that prunes channels reserves one pruned block more in each lane: it may split in two when compressed.
 - From the first action (or return from the host) in a short sawtooth on, a sequence holds, and counts as long as, its peak.
 - A lone sequence of the V0 engine needs no spare block, and an idle one swaps in whatever fits.
@@ -374,7 +374,7 @@ class RefScheduler:
         return seq
 
     def shrink(self) -> dict[RefSequence, int]:
-        """Lanes that shrink in the coming step give their blocks back; returns the units, which are for decodes only."""
+        """Lanes that shrink in the coming step give their blocks back before anything is scheduled."""
         plan, cache = self.cache.plan, self.cache
         given: dict[RefSequence, int] = {}
         for seq in self.running:
@@ -388,8 +388,7 @@ class RefScheduler:
         return given
 
     def surplus(self, given: dict[RefSequence, int], taken: int) -> int:
-        """Units that shrinking lanes of those who still run gave back and no decode has taken: nobody's in this step."""
-        return max(0, sum(units for seq, units in given.items() if seq in self.running) - taken)
+        return 0
 
     def note_peak(self, surplus: int = 0) -> None:
         self.peak_units = max(self.peak_units, self.pool.capacity - self.pool.free + surplus)
@@ -464,12 +463,13 @@ class RefV0(RefScheduler):
         self.host_units = int(engine.swap_space_gib * GIB) // cache.plan.unit_bytes
 
     def schedule(self) -> RefStep | None:
+        given = self.shrink()
         if not self.swapped:
             chunks = self._prefills()
             if chunks:
                 return RefStep(chunks, [])
         pool, cache, moved, preempted = self.pool, self.cache, 0, False
-        given, taken, place = self.shrink(), 0, 0
+        taken = place = 0
         while place < len(self.running):
             seq = self.running[place]
             units = cache.units_in_step(seq)

@@ -609,6 +609,15 @@ def test_peak_of_one_sequence(kinds: tuple[str, ...]) -> None:
     agree()
 
 
+def test_peak_between_a_block_that_is_taken_and_one_that_is_given_back() -> None:
+    for recent in range(5):
+        policies = (Window(window_tokens=6), ThinK(pruned_frac=0.5, recent_tokens=recent))
+        plan = CachePlan(Composition(policies), CacheShape(3, 4, 2, 64, 2.0, 4), "bf16")
+        for prompt in range(1, 8):
+            for output in range(1, 12):
+                assert plan.peak_units(prompt, output) == RefCache(plan).peak_units(prompt, output)
+
+
 @given(st.integers(0, 30), st.integers(0, 8), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40))
 @settings(deadline=None, derandomize=True, database=None)
 def test_bytes_read_token_by_token(recent: int, step: int, residuals: int, prompt: int, resident: int) -> None:

@@ -123,6 +123,6 @@ class Scheduler:
         steps = event - batch.step
         free = self.pool.free_units - spare_units
         # Most pools hold far more than a run takes: a block for every growing lane in every block's worth of steps.
-        if batch.num_shrinking or (steps // batch.block_size + 1) * batch.need_total > free:
+        if (steps // batch.block_size + 1) * batch.need_total > free:
             steps = batch.steps_within(free, steps)
         return steps if steps > 1 else 1

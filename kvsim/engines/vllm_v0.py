@@ -106,7 +106,7 @@ class _V0Scheduler(Scheduler):
         if not batch.size:
             return None
         waits = bool(self.waiting or self.swapped)
-        stuck = waits and (self.num_preemptions > before or batch.num_shrinking > 0)
+        stuck = waits and self.num_preemptions > before
         horizon = 1 if stuck or moved else self.decode_horizon(self.spare if batch.size > 1 else 0)
         return Step([], True, horizon, not waits and len(self.running) < self.max_num_seqs, moved)
 
@@ -117,17 +117,16 @@ class _V0Scheduler(Scheduler):
             return 0
         moved, order = 0, list(self.running)
         needs = {sequence: batch.next_units_of(sequence) for sequence in order}
-        free = self.pool.free_units - sum(min(0, units) for units in needs.values())  # what shrinks gives back first
-        place = 0
+        free, place = self.pool.free_units, 0
         while place < len(order):
             sequence = order[place]
             while max(self.spare, needs[sequence]) > free and len(order) > 1:
                 victim = order.pop()
-                free += batch.held(victim) + min(0, needs[victim])
+                free += batch.held(victim)
                 moved += self._evict()
                 if victim is sequence:
                     return moved
-            free -= max(0, needs[sequence])
+            free -= needs[sequence]
             place += 1
         return moved
 

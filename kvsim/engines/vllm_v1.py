@@ -108,10 +108,10 @@ class _V1Scheduler(Scheduler):
             growth = batch.next_units()
         open_to_arrivals = False
         if self.partial is not None or self.waiting:
-            if pool.shares and growth > 0:  # decodes take their blocks, known or not, before the queue looks for hits
+            if pool.shares and growth:  # decodes take their blocks, known or not, before the queue looks for hits
                 pool.take(growth)
                 self.prepaid_units, growth = growth, 0
-            chunks = self._fill(pool.free_units - max(0, growth), self.num_preemptions > before)
+            chunks = self._fill(pool.free_units - growth, self.num_preemptions > before)
             if chunks:
                 return Step(chunks, batch.size > 0, 1, True)
         else:
@@ -119,8 +119,7 @@ class _V1Scheduler(Scheduler):
         if not batch.size:
             # If everything running was preempted, the queue's head fits the empty pool: the next pick admits it.
             return self.pick() if self.waiting else None
-        # After a preemption the queue is looked at again in the next step; and shrinking lanes free blocks during a run.
-        stuck = self.waiting and (self.num_preemptions > before or batch.num_shrinking)
+        stuck = self.waiting and self.num_preemptions > before  # the queue is looked at again in the next step
         return Step(_NO_CHUNKS, True, 1 if stuck else self.decode_horizon(), open_to_arrivals)
 
     def _fill(self, free: int, preempted: bool) -> list[tuple[Sequence, Chunk]]:

@@ -68,7 +68,7 @@ class Segment:
     """A straight piece of one sequence's decoding, `steps` steps long. Tuples run over the plan's scalars or lanes.
 
     read, d_read: scalar units read in the first step, and growth a step. longest, d_longest: the same for the longest head.
-    tokens, d_tokens: tokens in each lane of the block pool; d_tokens is -1, 0 or 1.
+    tokens, d_tokens: tokens in each lane of the block pool; d_tokens is 0 or 1.
     actions: slots handled by each policy's action in the first step. held_units: what the sequence holds of the pool before it.
     With `period`, reads rise by the plan's `tooth` a step from phase 0, where they are `read` and where policies act on
     `tooth_actions` slots; `phase` is that of the first step, in which `actions` come on top.
@@ -288,6 +288,10 @@ class CachePlan:
                 count = group.num_pairs // self.slots_unit
                 read[-1] += resident.value * count
                 d_read[-1] += resident.slope * count
+        for lane, slope in enumerate(d_lane_tokens):
+            if slope < 0:  # keeps its blocks while the segment lasts: until one of them is empty
+                steps = min(steps, (lane_tokens[lane] - 1) % self.shape.block_size_tokens + 1)
+                d_lane_tokens[lane] = 0
         lanes, d_lanes = tuple(lane_tokens), tuple(d_lane_tokens)
         actions = self._slots_acted(seq, step)
         return Segment(
