@@ -79,8 +79,9 @@ def recount(replica: Replica) -> None:
     held, shared, keys = 0, 0, set()
     for sequence in scheduler.running:
         held += scheduler.batch.held(sequence) if sequence in scheduler.batch.members else sequence.held_units
-        shared += len(sequence.shared_blocks)
-        keys.update(sequence.shared_blocks)
+        known = [key for key in sequence.shared_blocks if key is not None]  # None: a copy of its own
+        shared += len(known)
+        keys.update(known)
     assert all(sequence.held_units == 0 and not sequence.shared_blocks for sequence in scheduler.waiting)
     assert held - shared + len(keys) == pool.capacity_units - pool.free_units
     assert 0 <= pool.free_units <= pool.capacity_units
