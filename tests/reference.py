@@ -8,7 +8,7 @@ Rules that are conventions rather than physics:
 - Time is whole picoseconds; what happens during a step is seen at its end, an arrival at that very moment included.
 - Between two steps a sequence holds the blocks of what it keeps. Where its tokens policy drops tokens at the start of its next
   step, those blocks are free as soon as the last step has ended, and the next step's own token asks for its slot anew.
-- Blocks that shrinking lanes do not need in the coming step are free before it is scheduled.
+- So are blocks of a shrinking lane that the coming step does not need.
 - A prefill under a policy that prunes channels reserves one pruned block more in each lane: it may split in two when compressed.
 - From the first action (or return from the host) in a short sawtooth on, a sequence holds, and counts as long as, its peak.
 - A lone sequence of the V0 engine needs no spare block, and an idle one swaps in whatever fits.
@@ -98,46 +98,43 @@ class RefCache:
         units = zip(self.plan.lane_units, lanes, strict=True)
         return sum(unit * self.blocks(tokens) for unit, tokens in units) + self.plan.window_units
 
-    def split(self, resident: int, full_keys: int) -> list[int]:
-        """Tokens of one head group, by lane: those with full keys and, where keys are pruned, those without."""
+    def split(self, seq: RefSequence, step: int, resident: int) -> list[int]:
+        """Tokens of one head group, by lane: those with whole keys and, where keys are pruned, those without."""
         if not self.prunes:
             return [resident]
-        full = min(full_keys, resident)
-        return [full, resident - full]
+        whole = min(self.channels.full_key_tokens(seq.shape, step).value, resident)
+        return [whole, resident - whole]
+
+    def resident(self, seq: RefSequence, group: HeadGroup, step: int) -> int:
+        """Tokens of each head while decode step `step` runs, its own included; step 0: once the prompt is compressed."""
+        return self.tokens.resident(seq.shape, group, step).value if step else self.tokens.stored(seq.shape, group)
 
     def peak_tokens(self, seq: RefSequence, group: HeadGroup, step: int) -> int:
         """Most tokens resident in the sawtooth that the sequence is in."""
         period = self.tokens.period_steps(seq.shape, step)
-        return max(self.tokens.resident(seq.shape, group, step + j).value for j in range(period))
+        return max(self.resident(seq, group, step + j) for j in range(period))
 
     def lanes_in_step(self, seq: RefSequence, step: int) -> list[int]:
         """Tokens in each lane while decode step `step` runs, its own token included."""
         lanes: list[int] = []
         for group in self.groups:
-            resident = self.tokens.resident(seq.shape, group, step).value
-            if seq.in_sawtooth:
-                resident = self.peak_tokens(seq, group, step)
-            lanes += self.split(resident, self.channels.full_key_tokens(seq.shape, step).value)
+            peak = self.peak_tokens(seq, group, step) if seq.in_sawtooth else 0
+            lanes += self.split(seq, step, peak or self.resident(seq, group, step))
         return lanes
 
     def lanes_kept(self, seq: RefSequence) -> list[int]:
         """Tokens in each lane after `seq.steps` decode steps, before the next."""
-        done, step, shape = seq.steps, seq.steps + 1, seq.shape
+        done, step = seq.steps, seq.steps + 1
         lanes: list[int] = []
         for group in self.groups:
+            after = self.split(seq, step, self.resident(seq, group, step))
             if seq.in_sawtooth:
                 lanes.append(self.peak_tokens(seq, group, step))
-            elif self.tokens.acts_at(shape, group, step):
-                after = self.split(
-                    self.tokens.resident(shape, group, step).value, self.channels.full_key_tokens(shape, step).value
-                )
+            elif self.tokens.acts_at(seq.shape, group, step):
                 lanes += [after[0] - 1, *after[1:]]  # the step's own token, whose key is whole, is not there yet
-            elif done:
-                lanes += self.split(
-                    self.tokens.resident(shape, group, done).value, self.channels.full_key_tokens(shape, done).value
-                )
             else:
-                lanes += self.split(self.tokens.stored(shape, group), self.channels.full_key_tokens(shape, 0).value)
+                before = self.split(seq, done, self.resident(seq, group, done))
+                lanes += map(min, before, after)
         return lanes
 
     def look_ahead(self, seq: RefSequence, returned: bool = False) -> None:
@@ -200,7 +197,7 @@ class RefState:
         for seq in self.members:
             for group in cache.groups:
                 step = seq.steps + 1
-                resident = cache.tokens.resident(seq.shape, group, step).value
+                resident = cache.resident(seq, group, step)
                 reads[group.layer_group] += cache.units_read(seq, group, step, resident)
                 if plan.slots_scalar is not None:
                     reads[plan.slots_scalar] += resident * group.num_pairs // plan.slots_unit
@@ -225,7 +222,7 @@ class RefState:
         for seq in self.members:
             for group in groups:
                 step = seq.steps + 1
-                resident = cache.tokens.resident(seq.shape, group, step).value
+                resident = cache.resident(seq, group, step)
                 if seq.in_sawtooth:
                     resident = cache.peak_tokens(seq, group, step)
                 read = cache.units_read(seq, group, step, resident)
@@ -373,25 +370,9 @@ class RefScheduler:
         self.waiting.insert(0, seq)
         return seq
 
-    def shrink(self) -> dict[RefSequence, int]:
-        """Lanes that shrink in the coming step give their blocks back before anything is scheduled."""
-        plan, cache = self.cache.plan, self.cache
-        given: dict[RefSequence, int] = {}
-        for seq in self.running:
-            if seq.decoding:
-                now, then = cache.lanes_kept(seq), cache.lanes_in_step(seq, seq.steps + 1)
-                less = 0
-                for unit, before, after in zip(plan.lane_units, now, then, strict=True):
-                    less += unit * max(0, cache.blocks(before) - cache.blocks(after))
-                given[seq] = less
-                self.pool.resize(seq, seq.held - less)
-        return given
-
-    def surplus(self, given: dict[RefSequence, int], taken: int) -> int:
-        return 0
-
-    def note_peak(self, surplus: int = 0) -> None:
-        self.peak_units = max(self.peak_units, self.pool.capacity - self.pool.free + surplus)
+    def note_peak(self) -> None:
+        """Called when a step is scheduled: all that it needs is held."""
+        self.peak_units = max(self.peak_units, self.pool.capacity - self.pool.free)
 
     def started(self, seq: RefSequence) -> None:
         """Its prefill has ended and its policies have compressed the prompt."""
@@ -416,13 +397,12 @@ class RefV1(RefScheduler):
         budget, preempted = engine.max_num_batched_tokens, False
         chunks: list[tuple[RefSequence, Chunk]] = []
         decoding: list[RefSequence] = []
-        given, taken, place = self.shrink(), 0, 0
+        place = 0
         while place < len(self.running) and budget:
             seq = self.running[place]
             chunk = 1 if seq.decoding else min(budget, seq.prefill_tokens - seq.computed_tokens)
             units = cache.units_in_step(seq) if seq.decoding else cache.prefill_units(seq.computed_tokens + chunk)
-            more = units - seq.held
-            while seq in self.running and more > pool.free - (0 if seq.decoding else self.surplus(given, taken)):
+            while seq in self.running and units - seq.held > pool.free:
                 self.preempt()
                 preempted = True
             if seq not in self.running:
@@ -430,7 +410,6 @@ class RefV1(RefScheduler):
             pool.resize(seq, units)
             if seq.decoding:
                 decoding.append(seq)
-                taken += more
             else:
                 chunks.append((seq, Chunk(chunk, seq.computed_tokens)))
             budget -= chunk
@@ -443,13 +422,13 @@ class RefV1(RefScheduler):
             chunk = min(budget, seq.prefill_tokens - cached)
             tokens = seq.prefill_tokens if engine.reserve_full_prompt else cached + chunk
             in_use = sum(1 for block in hits if block.users)
-            if cache.prefill_units(tokens) - in_use > pool.free - self.surplus(given, taken):
+            if cache.prefill_units(tokens) - in_use > pool.free:
                 break
             self.admit(seq, cached, hits)
             pool.resize(seq, cache.prefill_units(cached + chunk))
             chunks.append((seq, Chunk(chunk, cached)))
             budget -= chunk
-        self.note_peak(self.surplus(given, taken))
+        self.note_peak()
         if chunks or decoding:
             return RefStep(chunks, decoding)
         return self.schedule() if preempted else None
@@ -463,28 +442,27 @@ class RefV0(RefScheduler):
         self.host_units = int(engine.swap_space_gib * GIB) // cache.plan.unit_bytes
 
     def schedule(self) -> RefStep | None:
-        given = self.shrink()
         if not self.swapped:
             chunks = self._prefills()
             if chunks:
                 return RefStep(chunks, [])
         pool, cache, moved, preempted = self.pool, self.cache, 0, False
-        taken = place = 0
+        place = 0
         while place < len(self.running):
             seq = self.running[place]
             units = cache.units_in_step(seq)
-            more = units - seq.held
-            while max(self.spare, more) > pool.free and len(self.running) > 1 and seq in self.running:
+            while (
+                seq in self.running and len(self.running) > 1 and max(self.spare, units - seq.held) > pool.free
+            ):
                 moved += self._leave()
                 preempted = True
             if seq not in self.running:
                 break
             pool.resize(seq, units)
-            taken += more
             place += 1
         if not preempted:
-            moved += self._return(self.surplus(given, taken))
-        self.note_peak(self.surplus(given, taken))
+            moved += self._return()
+        self.note_peak()
         return RefStep([], list(self.running), moved) if self.running else None
 
     def _prefills(self) -> list[tuple[RefSequence, Chunk]]:
@@ -520,7 +498,7 @@ class RefV0(RefScheduler):
         self.swapped.insert(0, seq)
         return units
 
-    def _return(self, surplus: int) -> int:
+    def _return(self) -> int:
         cache, pool, moved = self.cache, self.pool, 0
         while self.swapped and len(self.running) < self.engine.max_num_seqs:
             seq = self.swapped[0]
@@ -528,7 +506,7 @@ class RefV0(RefScheduler):
             cache_before = seq.in_sawtooth
             cache.look_ahead(seq, returned=True)
             units = cache.units_kept(seq)
-            room = units + surplus + self.watermark + 2 * self.spare if self.running else cache.units_in_step(seq)
+            room = units + self.watermark + 2 * self.spare if self.running else cache.units_in_step(seq)
             if room > pool.free:
                 seq.in_sawtooth = cache_before
                 break
@@ -544,10 +522,9 @@ class RefStatic(RefScheduler):
 
     def schedule(self) -> RefStep | None:
         if self.running:
-            given, held = self.shrink(), sum(seq.held for seq in self.running)
             for seq in self.running:
                 self.pool.resize(seq, self.cache.units_in_step(seq))
-            self.note_peak(self.surplus(given, sum(seq.held for seq in self.running) - held))
+            self.note_peak()
             return RefStep([], list(self.running))
         size = min(self.engine.batch_size, len(self.waiting))
         while size > 1 and self._units(self.waiting[:size]) > self.pool.capacity and self.engine.fit_batch:
