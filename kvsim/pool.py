@@ -20,15 +20,12 @@ class BlockPool:
         self.free_units = capacity_units
         self.allocated = 0  # ever
         self.released = 0
-        self.least_free = capacity_units
 
     def take(self, units: int) -> None:
         """Allocates units; the caller has checked that they are free."""
         free = self.free_units = self.free_units - units
         self.allocated += units
-        if free < self.least_free:
-            assert free >= 0, "allocated more than the pool holds"
-            self.least_free = free
+        assert free >= 0, "allocated more than the pool holds"
 
     def give(self, units: int) -> None:
         """Frees units."""

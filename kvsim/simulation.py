@@ -114,6 +114,7 @@ class Replica:
             scheduler.prepaid_units = 0
         elif batch.size:
             self._stalled = True
+        self._note_peak()
         duration = costs.prefill_step(batch if decodes else None, chunks, decodes + ending, compressed)
         self.log.steps.extend((
             now, duration, 0, 1, decodes, new_tokens, ending, pool.capacity_units - pool.free_units, len(scheduler.waiting),
@@ -172,12 +173,18 @@ class Replica:
             self.log.steps.extend((now + start, first, growth, steps, size, 0, 0, held + units, waiting))
         self._grow(units - prepaid)
         scheduler.prepaid_units = 0
+        self._note_peak()
         return run
 
     def _grow(self, units: int) -> None:
         """Blocks that the decoding batch takes in the steps that begin."""
         if units:
             self.scheduler.pool.take(units)
+
+    def _note_peak(self) -> None:
+        held = self.scheduler.pool.capacity_units - self.scheduler.pool.free_units
+        if held > self.log.peak_held_units:
+            self.log.peak_held_units = held
 
     def _advance(self, steps: int) -> None:
         """The decoding batch has got its tokens: sequences finish, or their policies turn to the next piece."""
@@ -244,7 +251,6 @@ class Replica:
         assert pool.free_units == pool.capacity_units, "blocks were lost"
         log.end_ps = self.now
         log.num_preemptions = scheduler.num_preemptions
-        log.peak_held_units = pool.capacity_units - pool.least_free
         log.units_allocated, log.units_freed = pool.allocated, pool.released
         log.op_ps = self.costs.op_times()
         if self.contended is not None:

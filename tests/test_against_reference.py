@@ -36,6 +36,7 @@ from kvsim.engines.base import Engine
 from kvsim.engines.huggingface import HuggingFace
 from kvsim.engines.vllm_v0 import VllmV0
 from kvsim.engines.vllm_v1 import VllmV1
+from kvsim.errors import DoesNotFitError
 from kvsim.hardware import load_gpu
 from kvsim.model import Model
 from kvsim.ops import DecodeAttention, HostWork, MixedAttention, Op, PolicyKernel, PrefillAttention
@@ -584,6 +585,12 @@ def test_decodes_take_their_blocks_before_the_queue_looks_for_hits() -> None:
         case_of(engine, [], known, grows, makes_room, late, hash_blocks=4, pool_units=7).check()
 
 
+def test_peak_leaves_out_what_a_preempted_prefill_gave_back_before_the_step() -> None:
+    engine = VllmV1(max_num_seqs=2, max_num_batched_tokens=2, block_size_tokens=1, reserve_full_prompt=False)
+    for hash_blocks in (0, 1):  # without and with a prefix cache
+        case_of(engine, [], (0, 1, 3), (0, 4, 1), hash_blocks=hash_blocks, pool_units=5).check()
+
+
 def test_blocks_are_freed_last_first_whether_known_or_not() -> None:
     """Of b's blocks the first two are copies of a's and cannot be found, the third can: it is freed, and reused, before them."""
     engine = VllmV1(max_num_seqs=4, max_num_batched_tokens=64, block_size_tokens=4)
@@ -591,6 +598,25 @@ def test_blocks_are_freed_last_first_whether_known_or_not() -> None:
     filler = (1, 12, 1)
     second = boundaries(case_of(engine, [], a, b, filler, hash_blocks=4, pool_units=8))[1]
     case_of(engine, [], a, b, filler, (second + 1, 14, 1, 0, (1, 2, 3, 4)), hash_blocks=4, pool_units=8).check()
+
+
+def test_a_preempted_sequence_that_has_outgrown_the_pool_is_an_error() -> None:
+    """Computed again, 2 + n tokens grow by 7 before the first eviction."""
+    case = case_of(
+        VllmV0(block_size_tokens=1, watermark_frac=0.0), [Keyformer(kept_frac=0.2, schedule="code")], (0, 1, 5), (0, 2, 9),
+        pool_units=9,
+    )  # fmt: skip
+    with pytest.raises(DoesNotFitError):
+        case.fast()
+
+
+def test_scales_that_outweigh_what_they_scale() -> None:
+    """4 bits and half of 4 bytes of scale are more than the 16 bits before: refused, or reads that fall step by step."""
+    try:
+        kivi = KIVI(bits=4, group_size_tokens=2, residual_tokens=4)
+    except ValueError:
+        return
+    case_of(VllmV1(block_size_tokens=4), [Window(window_tokens=9), kivi], (0, 12, 20)).check()
 
 
 # -- parts --------------------------------------------------------------------------------------------------------------

@@ -101,7 +101,11 @@ class Scheduler:
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
-        if self.plan.prefill_units(sequence.prefill_tokens) > self.pool.capacity_units:
+        plan, capacity = self.plan, self.pool.capacity_units
+        left = sequence.output_tokens - sequence.generated
+        if plan.prefill_units(sequence.prefill_tokens + left) > capacity and (
+            plan.peak_units(sequence.prompt_tokens, left, sequence.prefill_tokens) > capacity
+        ):
             raise DoesNotFitError(
                 f"request {sequence.request.index} was preempted after {sequence.generated} tokens and cannot be computed again: "
                 f"its {sequence.prefill_tokens} tokens, not yet compressed, exceed the KV pool; "

@@ -197,11 +197,15 @@ class CachePlan:
             held += units[lane] * -(-(start + d_tokens[lane] * (steps_done - 1)) // size)
         return held
 
-    def peak_units(self, prompt_tokens: int, output_tokens: int) -> int:
-        """The most units that one sequence holds at any time, alone in the pool."""
-        peak, step, last = self.prefill_units(prompt_tokens), 1, output_tokens - 1
+    def peak_units(self, prompt_tokens: int, output_tokens: int, prefill_tokens: int | None = None) -> int:
+        """The most units that one sequence holds at any time, alone in the pool, until `output_tokens` more have come.
+
+        prefill_tokens: what is computed first, where a preempted sequence computes more than its prompt.
+        """
+        prefill = prompt_tokens if prefill_tokens is None else prefill_tokens
+        peak, step, last = self.prefill_units(prefill), 1, output_tokens - 1
         while step <= last:
-            segment = self.segment(prompt_tokens, prompt_tokens, step)
+            segment = self.segment(prompt_tokens, prefill, step)
             steps = min(segment.steps, last - step + 1)
             peak = max(peak, *(self.lane_held(segment.tokens, segment.d_tokens, n) for n in (1, steps)))
             step += steps

@@ -39,6 +39,10 @@ class KIVI(Policy):
                 f"group_size_tokens={self.group_size_tokens} must divide residual_tokens={self.residual_tokens}; "
                 "try 32 or 64, and a residual of 128"
             )
+        if self.bits + 8 * SCALE_BYTES / self.group_size_tokens >= 16:
+            raise ValueError(
+                f"group_size_tokens={self.group_size_tokens} must be larger, or scales outweigh what {self.bits} bits save; try 32"
+            )
         return self
 
     def key_bytes(self, channels: int, element_bytes: float) -> float:
