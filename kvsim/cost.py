@@ -13,15 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from kvsim.batch import DecodeBatch
-from kvsim.cost_types import Chunk, Run
+from kvsim.cost_types import Chunk
 from kvsim.engines.base import Engine
 from kvsim.model import Model
 from kvsim.ops import Copy, MixedAttention, PrefillAttention
 from kvsim.policies.compose import CachePlan
 from kvsim.pricing import ATTENTION, HOST, BatchTable, Prices
 from kvsim.profile import Answer, Profile
-from kvsim.runs import decode_run
 
 
 class DecodeState(Protocol):
@@ -81,7 +79,12 @@ class StepCosts(Prices):
         num_tokens = decodes
         for chunk in chunks:
             num_tokens += chunk[0]
-        total = self.linear[num_tokens].pay() + self.head[num_sampled].pay() + self.pool_price.pay()
+        linear, head = self.linear[num_tokens], self.head[num_sampled]
+        linear.times += 1
+        head.times += 1
+        total = linear.total_ps + head.total_ps
+        if self.pool_price.total_ps:
+            total += self.pool_price.pay()
         if self.has_prefill_policy:
             for chunk in chunks:
                 total += self.prefill_policy[chunk].pay()
@@ -107,14 +110,6 @@ class StepCosts(Prices):
         step: int = (total if total > floor else floor) + before + after
         self.busy_ps += step
         return step
-
-    def decode_run(self, batch: DecodeBatch, limit_ps: int | None, max_steps: int) -> Run:
-        """Decode steps from the batch's next one on: `max_steps`, or fewer where an arrival `limit_ps` ahead is noticed.
-
-        The run ends with the first step that ends at or after the arrival. No sequence may finish or turn before its
-        last step. Equals that many calls of `decode_step`, to the picosecond.
-        """
-        return decode_run(self, batch, limit_ps, max_steps)
 
     def _others_ps(self, table: BatchTable, reads: Sequence[int]) -> int:
         total = 0

@@ -126,6 +126,10 @@ class DatasheetProfile:
         count = math.ceil(math.log(max(LAST_KNOT_SLOTS / first, 2.0), KNOT_RATIO))
         return (0, *sorted({round(first * KNOT_RATIO**i) for i in range(count + 1)}))
 
+    def decode_curve(self, op: DecodeAttention, kv_slots: Sequence[int], hbm_share: float = 1.0) -> list[float]:
+        form = self._format(op.kv_format)
+        return self._decode_s(op, form, op.batch, kv_slots, hbm_share)
+
     # GEMM ---------------------------------------------------------------------------------------------------------
 
     def _gemm_rate(self, dtype: str) -> tuple[str, float, float, float, int]:
@@ -179,24 +183,31 @@ class DatasheetProfile:
 
     def _decode(self, op: DecodeAttention, share: float) -> tuple[float, str]:
         form = self._format(op.kv_format)
-        seconds = self._decode_s(op, form, op.batch, op.kv_slots, share)
+        (seconds,) = self._decode_s(op, form, op.batch, (op.kv_slots,), share)
         if op.max_kv_tokens * op.batch * op.kv_heads > op.kv_slots:  # skew: one long sequence can bind
             longest = min(op.kv_slots, op.max_kv_tokens * op.kv_heads)
-            seconds = max(seconds, self._decode_s(op, form, 1, longest, share))
+            seconds = max(seconds, *self._decode_s(op, form, 1, (longest,), share))
         cold = op.kv_slots * op.slot_bytes > 2.0 * self.gpu.l2_bytes
         return seconds, f"{form} {'kv>2xL2' if cold else 'kv<=2xL2'}"
 
-    def _decode_s(self, op: DecodeAttention, form: str, batch: int, kv_slots: int, share: float) -> float:
+    def _decode_s(
+        self, op: DecodeAttention, form: str, batch: int, kv_slots: Sequence[int], share: float
+    ) -> list[float]:
         """Launch, a split that saturates with the length, and KV traffic ⊕ the fixed cost of each thread block."""
         blocks = batch * op.kv_heads
-        tokens = kv_slots / blocks
-        split_s = self._decode_split_s * tokens / (tokens + self._decode_split_tokens)
-        moved = kv_slots * op.slot_bytes + 4.0 * batch * op.q_heads * op.head_dim
+        bytes_per_s = self._decode_bytes_per_s[form] * share
+        slot_s, query_s = op.slot_bytes / bytes_per_s, 4.0 * batch * op.q_heads * op.head_dim / bytes_per_s
         rows = max(op.q_heads / op.kv_heads, DECODE_TILE_ROWS)
-        memory_s = moved / (self._decode_bytes_per_s[form] * share)
-        stream_s = max(memory_s, 4.0 * kv_slots * op.head_dim * rows / self._decode_flops_per_s)
+        compute_s = 4.0 * op.head_dim * rows / self._decode_flops_per_s
         block_s = blocks * self._decode_block_s
-        return self._decode_launch_s + split_s + sqrt(stream_s * stream_s + block_s * block_s)
+        launch_s, split_s, split_slots = self._decode_launch_s, self._decode_split_s, self._decode_split_tokens * blocks
+        found = []
+        for slots in kv_slots:
+            stream_s, bound_s = slots * slot_s + query_s, slots * compute_s
+            if bound_s > stream_s:
+                stream_s = bound_s
+            found.append(launch_s + split_s * slots / (slots + split_slots) + sqrt(stream_s * stream_s + block_s * block_s))
+        return found
 
     def _mixed(self, op: MixedAttention, share: float) -> tuple[float, str]:
         """The prefill kernel with decode rows in it: a block per *query* head, the heads of a group re-reading KV."""

@@ -23,9 +23,9 @@ class BlockPool:
 
     def take(self, units: int) -> None:
         """Allocates units; the caller has checked that they are free."""
-        free = self.free_units = self.free_units - units
+        self.free_units -= units
         self.allocated += units
-        assert free >= 0, "allocated more than the pool holds"
+        assert self.free_units >= 0, "allocated more than the pool holds"
 
     def give(self, units: int) -> None:
         """Frees units."""
@@ -51,7 +51,9 @@ class BlockPool:
 
     def release(self, sequence: Sequence, units: int) -> None:
         """The sequence gives back all it holds, `units` in all."""
-        self.give(units)
+        self.free_units += units  # as `give`, once for every request
+        self.released += units
+        assert self.free_units <= self.capacity_units, "freed more than was allocated"
 
 
 class PrefixPool(BlockPool):

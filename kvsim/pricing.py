@@ -218,8 +218,10 @@ class Prices:
         most = max(self.pool_slots // plan.shape.num_layers, 1)  # no step reads more than the pool holds
         slots = slots[: bisect_left(slots, most) + 1]
         knots = sorted({round(plan.units_of_slots(layer_group, number)) for number in slots} | {0})
-        ops = (plan.attention(layer_group, batch, units, units / batch) for units in knots)
-        return Curve(knots, {ATTENTION: [layers * self._seconds(op, ATTENTION) for op in ops]})
+        longest = plan.attention(layer_group, batch, knots[-1], knots[-1] / batch)
+        self._seconds(longest, ATTENTION)  # for the basis
+        seconds = self.profile.decode_curve(longest, plan.slots_of_units(layer_group, knots), self.hbm_share)
+        return Curve(knots, {ATTENTION: [layers * value for value in seconds]})
 
     def _cache_curve(self, layer_group: int, batch: int, knots: Sequence[int]) -> Curve:
         """What engine and policies run in proportion to what attention reads."""

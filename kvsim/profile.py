@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import NormalDist
 from typing import NamedTuple, Protocol
 
@@ -53,6 +54,17 @@ class Profile(Protocol):
         """Ascending kv_slots, from 0 or 1 to beyond any use: between them answers at op's batch may be interpolated."""
         ...
 
+    def decode_curve(self, op: DecodeAttention, kv_slots: Sequence[int], hbm_share: float = 1.0) -> list[float]:
+        """Seconds of the op with each of these numbers of slots in place of its own, all sequences and heads alike."""
+        ...
+
+
+def curve_by_answers(profile: Profile, op: DecodeAttention, kv_slots: Sequence[int], hbm_share: float) -> list[float]:
+    """`Profile.decode_curve` one answer at a time."""
+    lanes = op.batch * op.kv_heads
+    ops = (replace(op, kv_slots=slots, max_kv_tokens=slots // lanes) for slots in kv_slots)
+    return [profile.answer(each, hbm_share).seconds for each in ops]
+
 
 class Biased:
     """A profile whose answers are multiplied by fixed factors; see `biased`."""
@@ -77,6 +89,9 @@ class Biased:
 
     def kv_knots(self, op: DecodeAttention) -> Sequence[int]:
         return self._profile.kv_knots(op)
+
+    def decode_curve(self, op: DecodeAttention, kv_slots: Sequence[int], hbm_share: float = 1.0) -> list[float]:
+        return curve_by_answers(self, op, kv_slots, hbm_share)
 
 
 def biased(profile: Profile, biases: Mapping[tuple[str, str] | str, float]) -> Profile:

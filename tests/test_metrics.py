@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kvsim.gaps as gaps_module
 from kvsim.errors import InputError, KvsimError
 from kvsim.estimators import distribution, mean_ci95, queue_growth
 from kvsim.gaps import gap_rows, nearest_rank
@@ -121,8 +122,11 @@ def test_gap_percentiles_equal_those_of_every_gap_written_out(
     gaps = sorted(gaps + resumed)
     found = gap_rows(log)
     assert found.num_gaps == len(gaps)
-    for percent in (1, 50, 90, 99, 100) if gaps else ():
-        assert found.percentile_ps(percent) == np.percentile(gaps, percent, method="inverted_cdf")
+    few = data.draw(st.sampled_from([0, 10, gaps_module._FEW_GAPS]))  # by bisection alone, by both, by sorting alone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gaps_module, "_FEW_GAPS", few)
+        for percent in (1, 50, 90, 99, 100) if gaps else ():
+            assert found.percentile_ps(percent) == np.percentile(gaps, percent, method="inverted_cdf")
     if gaps:
         assert found.mean_ps() == pytest.approx(np.mean(gaps))
 

@@ -80,7 +80,9 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """The sequence has its last token."""
-        self.pool.release(sequence, self._leave(sequence))
+        batch = self.batch
+        held = batch.leave(sequence) if sequence in batch.members else sequence.held_units
+        self.pool.release(sequence, held)
         del self.running[sequence]
 
     def _leave(self, sequence: Sequence) -> int:

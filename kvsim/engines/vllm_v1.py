@@ -108,10 +108,10 @@ class _V1Scheduler(Scheduler):
             growth = batch.next_units()
         open_to_arrivals = False
         if self.partial is not None or self.waiting:
-            if pool.shares and growth:  # decodes take their blocks, known or not, before the queue looks for hits
+            if growth:  # decodes take their blocks, known or not, before the queue looks for hits
                 pool.take(growth)
-                self.prepaid_units, growth = growth, 0
-            chunks = self._fill(pool.free_units - growth, self.num_preemptions > before)
+                self.prepaid_units = growth
+            chunks = self._fill(pool.free_units, self.num_preemptions > before)
             if chunks:
                 return Step(chunks, batch.size > 0, 1, True)
         else:

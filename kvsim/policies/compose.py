@@ -355,6 +355,11 @@ class CachePlan:
             self.slot_bytes, self.kv_format, self.layout,
         )  # fmt: skip
 
+    def slots_of_units(self, layer_group: int, units: Sequence[int]) -> list[int]:
+        """kv_slots of `attention` at each of these units."""
+        per_layer = self._slots_per_layer[layer_group]
+        return [round(value * per_layer) for value in units]
+
     def units_of_slots(self, layer_group: int, kv_slots: float) -> float:
         """The inverse of `attention`: scalar units at which one layer reads so many slots."""
         return kv_slots * self.slot_bytes * self.layers_of[layer_group] / self.scalar_bytes[layer_group]
