@@ -75,9 +75,9 @@ def _kernel_op(cells: Mapping[str, str], gpu: Gpu) -> tuple[str, Op, float, bool
         batch, q_heads, kv_heads = (number(c) for c in ("batch", "q_heads", "kv_heads"))
         if batch > 1 and number("context_tokens"):
             return None
-        # sequences side by side are more heads of one sequence
-        op_ = PrefillAttention(number("new_tokens"), number("context_tokens"), batch * q_heads, batch * kv_heads,
-                               number("head_dim"), "bf16")  # fmt: skip
+        op_ = PrefillAttention(
+            number("new_tokens"), number("context_tokens"), q_heads, kv_heads, number("head_dim"), "bf16", batch
+        )
         return "prefill_attention", op_, op_.flops / peak, True
     if cells["kind"] == "mixed_attention":
         q_heads, kv_heads, dim, decodes, tokens = (

@@ -175,7 +175,7 @@ class DatasheetProfile:
         return (
             self._prefill_launch_s
             + (op.flops + walk_flops) / self._prefill_flops_per_s
-            + traffic * op.head_dim / (self._prefill_bytes_per_s * share)
+            + traffic * op.num_sequences * op.head_dim / (self._prefill_bytes_per_s * share)
         )
 
     def _prefill(self, op: PrefillAttention, share: float) -> tuple[float, str]:

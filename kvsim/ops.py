@@ -24,7 +24,10 @@ class Gemm:
 
 @dataclass(frozen=True, slots=True)
 class PrefillAttention:
-    """Causal attention of `new_tokens` queries over themselves and `prior_tokens` of cache, one sequence, one layer."""
+    """Causal attention of `new_tokens` queries over themselves and `prior_tokens` of cache, one layer.
+
+    num_sequences: equal sequences in one launch; simulations launch one at a time.
+    """
 
     kind: ClassVar[str] = "prefill_attention"
     new_tokens: int
@@ -33,12 +36,13 @@ class PrefillAttention:
     kv_heads: int
     head_dim: int
     kv_dtype: str
+    num_sequences: int = 1
 
     @property
     def flops(self) -> float:
         """QKᵀ and PV over the causal half of the new block and all of the prior cache."""
         pairs = self.new_tokens * self.prior_tokens + self.new_tokens * (self.new_tokens + 1) / 2
-        return 4.0 * self.q_heads * self.head_dim * pairs
+        return 4.0 * self.num_sequences * self.q_heads * self.head_dim * pairs
 
 
 @dataclass(frozen=True, slots=True)

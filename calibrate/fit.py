@@ -1,0 +1,216 @@
+"""From measured rows to tables: physics fitted first, then corrections, then errors on shapes that the fit has not seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from kvsim.calibrate.grid import TermSpec, evaluate, fit_correction
+from kvsim.calibrate.rows import MeasuredRow, shape_group
+from kvsim.coordinates import AXES, Place, locate
+from kvsim.correction import Correction
+from kvsim.datasheet import DatasheetProfile
+from kvsim.efficiencies import Efficiencies, load_efficiencies
+from kvsim.hardware import Gpu
+from kvsim.ops import Collective, DecodeAttention, Elementwise, Gemm, MixedAttention, PrefillAttention
+
+FOLDS = 5
+PHYSICS_ROWS = 500
+"""Rows, evenly spread, that the handful of physical constants is fitted to."""
+SOFT_L1_SCALE = 0.1
+MAX_KNOTS = 24
+TAIL_KNOTS = np.array([0.0, 0.15, 0.3, 0.5, 0.75, 1.0])
+
+Bounds = Mapping[str, tuple[float, float, float]]
+_GEMM: Bounds = {"launch_s": (5e-6, 1e-7, 5e-5), "memory_frac": (0.8, 0.1, 1.05), "compute_frac": (0.7, 0.1, 1.1)}
+PHYSICS: Mapping[tuple[str, str], Bounds] = {
+    **{(Gemm.kind, dtype): {f"gemm.{dtype}.{n}": b for n, b in _GEMM.items()} for dtype in ("16bit", "fp8", "int8", "int4")},
+    (DecodeAttention.kind, "16bit"): {
+        "decode_attention.launch_s": (8e-6, 1e-6, 5e-5), "decode_attention.split_s": (5e-6, 1e-7, 5e-5),
+        "decode_attention.block_s": (4e-6, 1e-7, 4e-5), "decode_attention.memory_frac.16bit": (0.8, 0.2, 1.05),
+    },
+    (DecodeAttention.kind, "fp8"): {"decode_attention.memory_frac.fp8": (0.7, 0.1, 1.05)},
+    (PrefillAttention.kind, "16bit"): {
+        "prefill_attention.launch_s": (1e-5, 1e-6, 1e-4), "prefill_attention.compute_frac": (0.6, 0.1, 1.05),
+        "prefill_attention.memory_frac": (0.5, 0.05, 1.0), "prefill_attention.walk_frac": (0.4, 0.0, 2.0),
+    },
+    (MixedAttention.kind, "16bit"): {
+        "mixed_attention.reread_frac": (0.4, 0.0, 2.0), "mixed_attention.block_s": (4e-6, 1e-8, 4e-5),
+    },
+    **{
+        (Collective.kind, f"{link} {mode}"): {
+            f"collective.{link}.{mode}_s": (1e-5, 1e-7, 2e-4), f"collective.{link}.per_doubling_s": (1e-6, 1e-9, 5e-5),
+            f"collective.{link}.bus_frac": (0.7, 0.05, 2.0),
+        }
+        for link in ("link", "pcie") for mode in ("graph", "eager")
+    },
+    (Elementwise.kind, ""): {"elementwise.launch_s": (3e-6, 1e-7, 2e-5), "elementwise.memory_frac": (0.7, 0.1, 1.0)},
+}  # fmt: skip
+"""Physical constants by (kind, variant): (start, least, most). What is not here keeps the packaged value."""
+
+SMOOTH: Mapping[str, Sequence[tuple[tuple[str, ...], tuple[float, ...]]]] = {
+    Gemm.kind: [
+        (("n", "k", "m"), (0.03, 0.03, 0.01)),
+        (("tail_128x128", "m"), (0.1, 0.1)),
+        (("tail_128x256", "m"), (0.1, 0.1)),
+    ],
+    DecodeAttention.kind: [
+        (("lanes", "context", "group"), (0.1, 0.1, 0.003)),  # kernels differ by group, so groups hardly inform each other
+        (("lanes", "context", "kv_heads"), (0.1, 0.1, 0.03)),  # splits are chosen by sequences, not lanes
+    ],
+    PrefillAttention.kind: [
+        (("heads", "new_tokens", "group"), (0.1, 0.1, 0.05)),
+        (("sequences", "new_tokens"), (0.1, 0.03)),
+        (("total_over_new", "new_tokens"), (0.03, 0.03)),
+    ],
+    MixedAttention.kind: [
+        (("new_tokens", "total_over_new", "decodes"), (0.01, 0.01, 0.01)),
+        (("new_tokens", "decodes", "decode_context"), (0.01, 0.01, 0.01)),
+    ],
+    Elementwise.kind: [(("bytes",), (0.03,))],
+    Collective.kind: [(("bytes",), (0.003,))],
+}
+"""Terms of each kind's correction: axes, and weights of squared second differences along them. Chosen by five-fold errors on
+H100 tables once, for all GPUs and engines."""
+
+TableKey = tuple[str, str, int]
+"""(kind, variant, size) of `kvsim.coordinates.Place`."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A fitted table. residuals: log(measured / predicted) of every row by a fit that had not seen its shape."""
+
+    correction: Correction
+    rows: Sequence[MeasuredRow]
+    residuals: np.ndarray
+    groups: Sequence[object]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """efficiencies: the fitted physics, by dotted name. tables: by (kind, variant, size)."""
+
+    efficiencies: Mapping[str, float]
+    tables: Mapping[TableKey, Table]
+
+
+def fit_rows(gpu: Gpu, rows: Sequence[MeasuredRow], folds: int = FOLDS) -> Fit:
+    """Fits everything that the rows inform. Rows must be possible (`kvsim.calibrate.rows.Import` sees to it)."""
+    by_table: dict[TableKey, list[tuple[Place, MeasuredRow]]] = {}
+    for row in rows:
+        place = locate(row.op, gpu.num_sms)
+        if place is not None and place.variant != "other":
+            by_table.setdefault(place[:3], []).append((place, row))
+    by_table = {key: found for key, found in by_table.items() if len(found) >= 2}
+    base = load_efficiencies()
+    physics = fit_physics(gpu, base, [row for found in by_table.values() for _, row in found])
+    fitted = base.replaced(physics)
+    tables = {}
+    for key, found in sorted(by_table.items()):
+        chosen = [row for _, row in found]
+        places = np.array([place.at for place, _ in found])
+        specs = term_specs(key[0], places)
+        groups = [shape_group(row.op) for row in chosen]
+        residuals = held_out(gpu, fitted, chosen, places, groups, specs, folds)
+        correction = fit_correction(places, log_ratios(DatasheetProfile(gpu, fitted), chosen), specs)
+        tables[key] = Table(correction, chosen, residuals, groups)
+    return Fit(physics, tables)
+
+
+def log_ratios(profile: DatasheetProfile, rows: Sequence[MeasuredRow]) -> np.ndarray:
+    """log(measured / physics)."""
+    return np.log([row.seconds for row in rows]) - np.log([profile.answer(row.op).seconds for row in rows])
+
+
+def fit_physics(gpu: Gpu, base: Efficiencies, rows: Sequence[MeasuredRow]) -> dict[str, float]:
+    """Robust least squares of log(measured / physics), kind by kind; kinds without rows keep the packaged constants."""
+    found: dict[str, float] = {}
+    for (kind, variant), bounds in PHYSICS.items():
+        chosen = [row for row in rows if _is(row, kind, variant, gpu)]
+        if len(chosen) <= len(bounds):
+            continue
+        chosen = chosen[:: max(1, len(chosen) // PHYSICS_ROWS)]
+        measured = np.log([row.seconds for row in chosen])
+        scale = np.array([start for start, _, _ in bounds.values()])
+        scale[scale == 0.0] = 1.0
+
+        def residual(
+            x: np.ndarray, chosen: list[MeasuredRow] = chosen, measured: np.ndarray = measured,
+            names: Bounds = bounds, scale: np.ndarray = scale,
+        ) -> np.ndarray:  # fmt: skip
+            values = dict(zip(names, map(float, x * scale), strict=True))
+            answer = DatasheetProfile(gpu, base.replaced({**found, **values})).answer
+            return np.log([answer(row.op).seconds for row in chosen]) - measured
+
+        start, low, high = (np.array([bound[i] for bound in bounds.values()]) / scale for i in range(3))
+        best = least_squares(residual, start, bounds=(low, high), loss="soft_l1", f_scale=SOFT_L1_SCALE, max_nfev=60)
+        found |= dict(zip(bounds, map(float, best.x * scale), strict=True))
+    return found
+
+
+def _is(row: MeasuredRow, kind: str, variant: str, gpu: Gpu) -> bool:
+    """Whether a row informs these constants: only KV beyond twice the L2, or far inside it, says anything about bandwidth."""
+    place = locate(row.op, gpu.num_sms)
+    if place is None or place.kind != kind:
+        return False
+    if isinstance(row.op, Collective):
+        link = "link" if gpu.has_gpu_link else "pcie"
+        return variant == f"{link} {'eager' if row.op.eager else 'graph'}"
+    if place.variant != variant:
+        return False
+    if isinstance(row.op, DecodeAttention):
+        kv_bytes = row.op.kv_slots * row.op.slot_bytes
+        return kv_bytes > 2 * gpu.l2_bytes or kv_bytes < 0.1 * gpu.l2_bytes
+    return True
+
+
+def term_specs(kind: str, places: np.ndarray) -> list[TermSpec]:
+    """The terms of a kind with knots where the rows are. Terms whose axes do not vary are left out."""
+    names, specs = AXES[kind], []
+    for axes, smooth in SMOOTH[kind]:
+        where = tuple(names.index(axis) for axis in axes)
+        coarse = bool(specs) and kind == Gemm.kind
+        knots = [TAIL_KNOTS if names[which].startswith("tail") else _knots(places[:, which], coarse) for which in where]
+        if specs and len(knots[0]) == 1:  # a later term is there for its first axis
+            continue
+        specs.append(TermSpec(where, tuple(knots), smooth))
+    return specs
+
+
+def _knots(values: np.ndarray, coarse: bool) -> np.ndarray:
+    """The values themselves where they are few, else about one and a half an octave; coarse: one an octave and a half."""
+    unique = np.unique(np.round(values, 4))
+    if len(unique) <= (8 if coarse else MAX_KNOTS):
+        return unique
+    count = int(min(MAX_KNOTS, max(3, math.ceil((unique[-1] - unique[0]) * (0.7 if coarse else 1.5)))))
+    targets = np.linspace(unique[0], unique[-1], count)
+    nearest = np.unique([unique[np.argmin(np.abs(unique - target))] for target in targets])
+    return nearest
+
+
+def held_out(
+    gpu: Gpu, base: Efficiencies, rows: Sequence[MeasuredRow], places: np.ndarray, groups: Sequence[object],
+    specs: Sequence[TermSpec], folds: int,
+) -> np.ndarray:  # fmt: skip
+    """log(measured / predicted) of every row by a fit, physics included, to the other folds; whole groups go together.
+
+    Where there is one shape only nothing can be held out, and the physics alone is what is known about others.
+    """
+    names = sorted(set(groups), key=repr)
+    order = np.random.default_rng(0).permutation(len(names))
+    fold_of = {names[which]: place % folds for place, which in enumerate(order)}
+    fold = np.array([fold_of[group] for group in groups])
+    if len(names) == 1:
+        return log_ratios(DatasheetProfile(gpu, base), rows)
+    residuals = np.empty(len(rows))
+    for number in range(min(folds, len(names))):
+        out = fold == number
+        seen = [row for row, left_out in zip(rows, out, strict=True) if not left_out]
+        ratios = log_ratios(DatasheetProfile(gpu, base.replaced(fit_physics(gpu, base, seen))), rows)
+        residuals[out] = ratios[out] - evaluate(fit_correction(places[~out], ratios[~out], specs), places[out])
+    return residuals

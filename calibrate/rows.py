@@ -1,0 +1,121 @@
+"""Measured Ops: what importers yield, what is wrong with some of them, and what a fit reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvsim.dtypes import matrix_bytes
+from kvsim.hardware import Gpu
+from kvsim.ops import Collective, DecodeAttention, Elementwise, Gemm, MixedAttention, Op, PrefillAttention
+
+IMPOSSIBLE = 1.05
+"""A row this much faster than the datasheet's peak or bandwidth allows is mislabelled: boards run at most a few percent above."""
+SUSPECT_FRAC = 0.05
+"""A table with more impossible rows than this share is left out as a whole: what is wrong with them is wrong with the others."""
+
+
+class MeasuredRow(NamedTuple):
+    """One measurement. where: file and row, for messages."""
+
+    op: Op
+    seconds: float
+    where: str
+
+
+class Rejected(NamedTuple):
+    """A row that was left out, and why."""
+
+    where: str
+    reason: str
+
+
+@dataclass
+class Import:
+    """What an importer found."""
+
+    engine: str  # "vllm", "sglang", "trtllm", "torch", ...
+    engine_version: str
+    source: str  # name, version and licence of the data
+    rows: list[MeasuredRow] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+
+    def add(self, op: Op, seconds: float, where: str, gpu: Gpu) -> None:
+        """Keeps a row, or says what is impossible about it."""
+        reason = impossible(op, seconds, gpu)
+        if reason:
+            self.rejected.append(Rejected(where, reason))
+        else:
+            self.rows.append(MeasuredRow(op, seconds, where))
+
+    def sha256(self) -> str:
+        """Of the rows, in order."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(f"{row.op!r} {row.seconds!r}\n".encode())
+        return digest.hexdigest()
+
+
+def least_seconds(op: Op, gpu: Gpu) -> float:
+    """What no GPU of this datasheet can be faster than: matrix peak, and bandwidth where caches cannot hold the data."""
+    bandwidth = gpu.hbm_bandwidth_bytes_per_s
+    if isinstance(op, Gemm):
+        compute_s = 2.0 * op.m * op.n * op.k / gpu.peak_flops("bf16" if op.weight_dtype == "int4" else op.weight_dtype)
+        weights = matrix_bytes(op.n, op.k, op.weight_dtype)
+        return max(compute_s, weights / bandwidth if weights > 2 * gpu.l2_bytes else 0.0)
+    if isinstance(op, DecodeAttention):
+        moved = op.kv_slots * op.slot_bytes
+        return moved / bandwidth if moved > 2 * gpu.l2_bytes else 0.0
+    if isinstance(op, PrefillAttention):
+        return op.flops / gpu.peak_flops("bf16")
+    if isinstance(op, MixedAttention):
+        return op.prefill.flops / gpu.peak_flops("bf16")
+    if isinstance(op, Elementwise):
+        return op.bytes_moved / bandwidth if op.bytes_moved > 4 * gpu.l2_bytes else 0.0
+    if isinstance(op, Collective) and op.name == "all_reduce":
+        return 2.0 * (op.num_gpus - 1) / op.num_gpus * op.message_bytes / gpu.gpu_link_bytes_per_s / 2.0  # in-switch sums halve it
+    return 0.0
+
+
+def impossible(op: Op, seconds: float, gpu: Gpu) -> str:
+    """What is impossible about a row; "" where nothing is."""
+    if not 0.0 < seconds < 1e3:
+        return f"takes {seconds:g} s, which must lie between 0 and 1,000 s; is its unit right?"
+    least_s = least_seconds(op, gpu)
+    if seconds * IMPOSSIBLE < least_s:
+        return f"takes {seconds * 1e6:.4g} us where the peak of {gpu.name} needs {least_s * 1e6:.4g} us; is its unit right?"
+    return ""
+
+
+def shape_group(op: Op) -> tuple[object, ...]:
+    """Rows of one group share a shape that a user meets or not: held out together, so that errors are those of an unseen shape."""
+    if isinstance(op, Gemm):
+        return op.n, op.k
+    if isinstance(op, DecodeAttention | PrefillAttention):
+        return op.q_heads, op.kv_heads, op.head_dim
+    if isinstance(op, MixedAttention):
+        return op.prefill.new_tokens, op.decode.batch
+    if isinstance(op, Collective):
+        return (op.message_bytes,)
+    return (op.bytes_moved,) if isinstance(op, Elementwise) else (op,)
+
+
+def without_suspect(rows: Sequence[MeasuredRow], rejected: Iterable[Rejected]) -> tuple[list[MeasuredRow], list[str]]:
+    """Rows without whole tables of which too many rows were impossible, and what was left out (by `where` up to its row)."""
+    good: dict[str, int] = {}
+    bad: dict[str, int] = {}
+    for row in rows:
+        name = _table(row.where)
+        good[name] = good.get(name, 0) + 1
+    for row_ in rejected:
+        name = _table(row_.where)
+        bad[name] = bad.get(name, 0) + 1
+    suspect = {name for name, count in bad.items() if count > SUSPECT_FRAC * (count + good.get(name, 0))}
+    kept = [row for row in rows if _table(row.where) not in suspect]
+    return kept, [f"{name}: {bad[name]} of {bad[name] + good.get(name, 0)} rows" for name in sorted(suspect)]
+
+
+def _table(where: str) -> str:
+    return where.rpartition(":")[0]

@@ -1,0 +1,75 @@
+"""Where an Op lies in a measured table: the table's key and the Op's place on its axes.
+
+Fitting (`calibrate/`) and answering (`kvsim/measured.py`) both ask here, so they cannot disagree. Axes are base-2 logarithms:
+kernels behave alike over ratios of sizes, and the physics underneath (`kvsim/datasheet.py`) is what follows straight lines.
+"""
+
+from __future__ import annotations
+
+from math import ceil, log2
+from typing import NamedTuple
+
+from kvsim.ops import Collective, DecodeAttention, Elementwise, Gemm, MixedAttention, Op, PrefillAttention
+
+AXES = {
+    Gemm.kind: ("m", "n", "k", "tail_128x128", "tail_128x256"),
+    DecodeAttention.kind: ("lanes", "context", "group", "kv_heads"),
+    PrefillAttention.kind: ("heads", "new_tokens", "group", "sequences", "total_over_new"),
+    MixedAttention.kind: ("new_tokens", "total_over_new", "decodes", "decode_context"),
+    Elementwise.kind: ("bytes",),
+    Collective.kind: ("bytes",),
+}
+"""Axis names of each kind that tables can hold.
+
+lanes: sequences x KV heads, the pieces of work that a decode kernel starts with. context: mean tokens of one. group: query heads
+per KV head. heads: query heads x sequences. total_over_new: (prior + new) / new tokens, 1 where nothing is cached.
+tail_AxB: waves of A x B output tiles over the multiprocessors, rounded up, over their number; 1 below half a wave.
+"""
+
+GEMM_CLASSES = {"fp16": "16bit", "bf16": "16bit", "fp8": "fp8", "int8": "int8", "int4": "int4"}
+KV_CLASSES = {"fp16": "16bit", "bf16": "16bit", "fp8": "fp8", "fp8_e4m3": "fp8", "fp8_e5m2": "fp8"}
+"""KV formats that tables can hold; others (int4, kivi2, pruned channels) are carried from 16 bits by the physics."""
+
+
+class Place(NamedTuple):
+    """kind, then what splits its rows into tables: dtype class, head_dim, or collective and number of GPUs."""
+
+    kind: str
+    variant: str  # "16bit", "fp8", ...; "" where dtype does not matter; "all_reduce graph" for collectives
+    size: int  # head_dim, or number of GPUs; 0 where neither matters
+    at: tuple[float, ...]  # log2 along AXES[kind]
+
+
+def locate(op: Op, num_sms: int) -> Place | None:
+    """The Op's place on a GPU of so many multiprocessors; None where its kind has no tables (host work, copies, policies)."""
+    if isinstance(op, Gemm):
+        tails = (_tail(op, rows, columns, num_sms) for rows, columns in ((128, 128), (128, 256)))
+        return Place(op.kind, GEMM_CLASSES[op.weight_dtype], 0, (log2(op.m), log2(op.n), log2(op.k), *tails))
+    if isinstance(op, DecodeAttention):
+        lanes = op.batch * op.kv_heads
+        at = (log2(lanes), log2(max(op.kv_slots / lanes, 1.0)), log2(op.q_heads / op.kv_heads), log2(op.kv_heads))
+        return Place(op.kind, KV_CLASSES.get(op.kv_format, "other"), op.head_dim, at)
+    if isinstance(op, PrefillAttention):
+        at_prefill = (
+            log2(op.q_heads * op.num_sequences), log2(op.new_tokens), log2(op.q_heads / op.kv_heads),
+            log2(op.num_sequences), log2(1 + op.prior_tokens / op.new_tokens),
+        )  # fmt: skip
+        return Place(op.kind, KV_CLASSES.get(op.kv_dtype, "other"), op.head_dim, at_prefill)
+    if isinstance(op, MixedAttention):
+        prefill, decode = op.prefill, op.decode
+        context = max(decode.kv_slots / (decode.batch * decode.kv_heads), 1.0)
+        at_mixed = (
+            log2(prefill.new_tokens), log2(1 + prefill.prior_tokens / prefill.new_tokens), log2(decode.batch), log2(context)
+        )  # fmt: skip
+        return Place(op.kind, KV_CLASSES.get(decode.kv_format, "other"), decode.head_dim, at_mixed)
+    if isinstance(op, Elementwise):
+        return Place(op.kind, "", 0, (log2(max(op.bytes_moved, 1)),))
+    if isinstance(op, Collective):
+        mode = "eager" if op.eager else "graph"
+        return Place(op.kind, f"{op.name} {mode}", op.num_gpus, (log2(max(op.message_bytes, 1)),))
+    return None
+
+
+def _tail(op: Gemm, rows: int, columns: int, num_sms: int) -> float:
+    waves = -(-op.m // rows) * -(-op.n // columns) / num_sms
+    return log2(ceil(waves) / waves) if waves > 0.5 else 0.0

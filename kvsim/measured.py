@@ -1,0 +1,202 @@
+"""A profile that rests on measurements: the physics of the datasheet profile with constants fitted to one GPU and engine, times
+a correction interpolated in tables of that GPU and engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import exp, hypot, log2
+from typing import NamedTuple
+
+from kvsim.coordinates import AXES, Place, locate
+from kvsim.correction import Correction
+from kvsim.datasheet import DatasheetProfile
+from kvsim.efficiencies import load_efficiencies
+from kvsim.hardware import Gpu
+from kvsim.ops import DecodeAttention, MixedAttention, Op, PrefillAttention
+from kvsim.profile import Answer, LogBias
+from kvsim.profile_file import ProfileFile, TableKey
+
+BEYOND_SIGMA = 0.10
+"""Further standard deviation of log error outside a table or for an unmeasured head size, where the physics carries on alone:
+what the correction of measured tables varies by over an octave (assumed; the physics alone errs by 10-20 % on whole tables)."""
+DTYPE_SIGMA = 0.15
+"""Further standard deviation where another dtype's table is carried over by the physics: fp8 KV against bf16 KV of the same engine
+and GPU differs from the physics' ratio by 8-19 % in the H100 tables."""
+CONTEXT = AXES[DecodeAttention.kind].index("context")
+
+
+class Chosen(NamedTuple):
+    """The table that answers for a place's (kind, variant, size). carried: why it is not quite that one's; "" where it is."""
+
+    correction: Correction
+    carried: str
+    sigma: float
+
+
+class MeasuredProfile:
+    """Answers Ops of the kinds, dtypes and head sizes that its file holds; see `knows`.
+
+    gpu: the GPU to answer for; another one than the file's is reached by the datasheets' ratios.
+    """
+
+    def __init__(self, content: ProfileFile, gpu: Gpu, measured_sms: int, extra_sigma: float = 0.0, carried: str = "") -> None:
+        self.content, self.gpu = content, gpu
+        self._extra_sigma, self._carried = extra_sigma, carried
+        efficiencies = load_efficiencies()
+        known = {name: value for name, value in content.efficiencies.items() if name in efficiencies.values}
+        self.physics = DatasheetProfile(gpu, efficiencies.replaced(known))
+        self._shift = log2(measured_sms / gpu.num_sms)
+        self._corrections = {key: self._correction(key) for key in content.tables}
+        self._has_prefill = any(kind == PrefillAttention.kind for kind, _, _ in content.tables)
+        self._chosen: dict[TableKey, Chosen | None] = {}
+        self._labels: dict[tuple[str, str, str, float], tuple[str, LogBias, str]] = {}
+        self.log_biases: Mapping[tuple[str, str], LogBias] = self._all_biases()
+
+    @property
+    def name(self) -> str:
+        return self.content.title
+
+    def _correction(self, key: TableKey) -> Correction:
+        """Tables of attention are read at as many pieces of work per multiprocessor as on the GPU that was measured."""
+        shift = [self._shift if axis in ("lanes", "heads") else 0.0 for axis in AXES[key[0]]] if self._shift else None
+        return Correction(self.content.tables[key].terms, shift)
+
+    # -- which table ----------------------------------------------------------------------------------------------
+
+    def knows(self, place: Place, exactly: bool) -> bool:
+        """Whether a table answers for the place: of its very dtype, or (exactly=False) of another one."""
+        chosen = self._choose(place)
+        if chosen is None:
+            return place.kind == MixedAttention.kind and not exactly and self._has_prefill
+        return not exactly or chosen.sigma < DTYPE_SIGMA
+
+    def _choose(self, place: Place) -> Chosen | None:
+        key = place[:3]
+        if key not in self._chosen:
+            self._chosen[key] = self._find(*key)
+        return self._chosen[key]
+
+    def _find(self, kind: str, variant: str, size: int) -> Chosen | None:
+        same = [key for key in self._corrections if key[0] == kind and key[1] == variant]
+        carried, sigma = "", 0.0
+        if not same and kind.endswith("attention"):
+            same = [key for key in self._corrections if key[0] == kind and key[1] == "16bit"]
+            carried, sigma = "from 16 bit by bytes", DTYPE_SIGMA
+        if not same:
+            return None
+        if kind.endswith("attention") and size:
+            key = min(same, key=lambda candidate: (abs(log2(candidate[2] / size)), candidate[2]))
+            if key[2] != size:
+                carried = ", ".join(filter(None, (carried, f"from head size {key[2]}")))
+                sigma = hypot(sigma, BEYOND_SIGMA)
+        else:
+            exact = [key for key in same if key[2] == size]
+            if not exact:
+                return None
+            key = exact[0]
+        return Chosen(self._corrections[key], carried, sigma)
+
+    # -- answers --------------------------------------------------------------------------------------------------
+
+    def answer(self, op: Op, hbm_share: float = 1.0) -> Answer:
+        """Time of one launch with this share of the HBM bandwidth; the Op must be one that `knows` accepts."""
+        place = locate(op, self.gpu.num_sms)
+        chosen = None if place is None else self._choose(place)
+        base = self.physics.answer(op, hbm_share)
+        if isinstance(op, MixedAttention) and chosen is None:
+            return self._mixed(op, base, hbm_share)
+        assert place is not None and chosen is not None, f"{self.name} has no table for {op}"
+        seconds = base.seconds
+        if isinstance(op, DecodeAttention):
+            seconds = self._decode_s(op, chosen, place.at, hbm_share)
+        else:
+            seconds *= exp(chosen.correction.at(place.at))
+        inside = chosen.correction.covers(place.at)
+        source, bias, size_class = self._label(op.kind, base.size_class, chosen, inside)
+        return Answer(seconds, source, bias, size_class)
+
+    def _mixed(self, op: MixedAttention, base: Answer, share: float) -> Answer:
+        """The measured prefill, and what the physics adds to it for the decodes in the same launch."""
+        alone = self.answer(op.prefill, share).seconds
+        seconds = alone + base.seconds - self.physics.answer(op.prefill, share).seconds
+        carried = f"fitted: prefill of {self.content.title} + interaction of {base.source.partition(': ')[2]}"
+        return Answer(seconds, carried, widened(base.log_bias, self._extra_sigma), base.size_class)
+
+    def _decode_s(self, op: DecodeAttention, chosen: Chosen, at: Sequence[float], share: float) -> float:
+        (seconds,) = self.physics.decode_curve(op, (op.kv_slots,), share)
+        seconds *= exp(chosen.correction.at(at))
+        if op.max_kv_tokens * op.batch * op.kv_heads > op.kv_slots:  # one long sequence among short ones can set the pace
+            longest = min(op.kv_slots, op.max_kv_tokens * op.kv_heads)
+            alone = DecodeAttention(
+                1, op.q_heads, op.kv_heads, op.head_dim, longest, longest // op.kv_heads, op.slot_bytes, op.kv_format, op.layout
+            )
+            (alone_s,) = self.decode_curve(alone, (longest,), share)
+            seconds = max(seconds, alone_s)
+        return seconds
+
+    def decode_curve(self, op: DecodeAttention, kv_slots: Sequence[int], hbm_share: float = 1.0) -> list[float]:
+        seconds = self.physics.decode_curve(op, kv_slots, hbm_share)
+        place = locate(op, self.gpu.num_sms)
+        assert place is not None
+        chosen = self._choose(place)
+        if chosen is None:
+            return seconds
+        lanes = op.batch * op.kv_heads
+        ratios = chosen.correction.along(CONTEXT, place.at, [max(slots / lanes, 1.0) for slots in kv_slots])
+        return [value * exp(ratio) for value, ratio in zip(seconds, ratios, strict=True)]
+
+    def kv_knots(self, op: DecodeAttention) -> Sequence[int]:
+        return self.physics.kv_knots(op)
+
+    # -- errors ---------------------------------------------------------------------------------------------------
+
+    def _label(self, kind: str, size_class: str, chosen: Chosen, inside: bool) -> tuple[str, LogBias, str]:
+        carried = ", ".join(filter(None, (self._carried, chosen.carried, "" if inside else "beyond the table")))
+        sigma = hypot(self._extra_sigma, chosen.sigma, 0.0 if inside else BEYOND_SIGMA)
+        key = (kind, size_class, carried, sigma)
+        found = self._labels.get(key)
+        if found is None:
+            found = self._labels[key] = self._new_label(kind, size_class, carried, sigma)
+        return found
+
+    def _new_label(self, kind: str, size_class: str, carried: str, sigma: float) -> tuple[str, LogBias, str]:
+        quantiles = self._quantiles(kind, size_class)
+        if not carried:
+            return f"measured: {self.content.title} ({self.content.source})", quantiles, size_class
+        return f"fitted: {self.content.title}, {carried}", widened(quantiles, sigma), f"{size_class}, carried"
+
+    def _quantiles(self, kind: str, size_class: str) -> LogBias:
+        own = self.content.errors.get((kind, size_class))
+        if own is not None:
+            return own.quantiles
+        others = [error.quantiles for (other, _), error in self.content.errors.items() if other == kind]
+        if not others:
+            return self.physics.log_biases[kind, size_class]
+        return min(q[0] for q in others), min(q[1] for q in others), max(q[2] for q in others), max(q[3] for q in others)
+
+    def _all_biases(self) -> dict[tuple[str, str], LogBias]:
+        """Of every class that an answer may carry; the widest of those with one name."""
+        sigma = hypot(self._extra_sigma, DTYPE_SIGMA, BEYOND_SIGMA, BEYOND_SIGMA)
+        found = {}
+        kinds = {key[0] for key in self.content.tables}
+        if self._has_prefill and MixedAttention.kind not in kinds:
+            for key, bias in self.physics.log_biases.items():
+                if key[0] == MixedAttention.kind:
+                    found[key] = widened(bias, self._extra_sigma)
+        for kind, size_class in self.physics.log_biases:
+            if kind in kinds:
+                quantiles = self._quantiles(kind, size_class)
+                found[kind, size_class] = quantiles
+                found[kind, f"{size_class}, carried"] = widened(quantiles, sigma)
+        return found
+
+
+def widened(quantiles: LogBias, sigma: float) -> LogBias:
+    """Quantiles of a log error with an independent normal one added: the middle stays, half widths add in quadrature."""
+    middle = (quantiles[1] + quantiles[2]) / 2
+    z = (1.96, 1.0, 1.0, 1.96)
+    widths = [hypot(quantile - middle, factor * sigma) for quantile, factor in zip(quantiles, z, strict=True)]
+    return middle - widths[0], middle - widths[1], middle + widths[2], middle + widths[3]
+
+
