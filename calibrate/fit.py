@@ -135,22 +135,24 @@ def fit_physics(gpu: Gpu, base: Efficiencies, rows: Sequence[MeasuredRow]) -> di
         if len(chosen) <= len(bounds):
             continue
         chosen = chosen[:: max(1, len(chosen) // PHYSICS_ROWS)]
-        measured = np.log([row.seconds for row in chosen])
-        scale = np.array([start for start, _, _ in bounds.values()])
-        scale[scale == 0.0] = 1.0
-
-        def residual(
-            x: np.ndarray, chosen: list[MeasuredRow] = chosen, measured: np.ndarray = measured,
-            names: Bounds = bounds, scale: np.ndarray = scale,
-        ) -> np.ndarray:  # fmt: skip
-            values = dict(zip(names, map(float, x * scale), strict=True))
-            answer = DatasheetProfile(gpu, base.replaced({**found, **values})).answer
-            return np.log([answer(row.op).seconds for row in chosen]) - measured
-
-        start, low, high = (np.array([bound[i] for bound in bounds.values()]) / scale for i in range(3))
-        best = least_squares(residual, start, bounds=(low, high), loss="soft_l1", f_scale=SOFT_L1_SCALE, max_nfev=60)
-        found |= dict(zip(bounds, map(float, best.x * scale), strict=True))
+        found |= _fit_constants(gpu, base.replaced(found), chosen, bounds)
     return found
+
+
+def _fit_constants(gpu: Gpu, base: Efficiencies, rows: Sequence[MeasuredRow], bounds: Bounds) -> dict[str, float]:
+    measured = np.log([row.seconds for row in rows])
+    scale = np.array([start or 1.0 for start, _, _ in bounds.values()])
+
+    def values(x: np.ndarray) -> dict[str, float]:
+        return dict(zip(bounds, map(float, x * scale), strict=True))
+
+    def residual(x: np.ndarray) -> np.ndarray:
+        answer = DatasheetProfile(gpu, base.replaced(values(x))).answer
+        return np.log([answer(row.op).seconds for row in rows]) - measured
+
+    start, low, high = (np.array([bound[i] for bound in bounds.values()]) / scale for i in range(3))
+    best = least_squares(residual, start, bounds=(low, high), loss="soft_l1", f_scale=SOFT_L1_SCALE, max_nfev=60)
+    return values(best.x)
 
 
 def _is(row: MeasuredRow, kind: str, variant: str, gpu: Gpu) -> bool:
@@ -193,6 +195,14 @@ def _knots(values: np.ndarray, coarse: bool) -> np.ndarray:
     return nearest
 
 
+def fold_numbers(groups: Sequence[object], folds: int) -> np.ndarray:
+    """The fold of each row: groups are dealt out in an order that is random but always the same."""
+    names = sorted(set(groups), key=repr)
+    order = np.random.default_rng(0).permutation(len(names))
+    fold_of = {names[which]: place % folds for place, which in enumerate(order)}
+    return np.array([fold_of[group] for group in groups])
+
+
 def held_out(
     gpu: Gpu, base: Efficiencies, rows: Sequence[MeasuredRow], places: np.ndarray, groups: Sequence[object],
     specs: Sequence[TermSpec], folds: int,
@@ -201,14 +211,11 @@ def held_out(
 
     Where there is one shape only nothing can be held out, and the physics alone is what is known about others.
     """
-    names = sorted(set(groups), key=repr)
-    order = np.random.default_rng(0).permutation(len(names))
-    fold_of = {names[which]: place % folds for place, which in enumerate(order)}
-    fold = np.array([fold_of[group] for group in groups])
-    if len(names) == 1:
+    fold = fold_numbers(groups, folds)
+    if not fold.any():
         return log_ratios(DatasheetProfile(gpu, base), rows)
     residuals = np.empty(len(rows))
-    for number in range(min(folds, len(names))):
+    for number in set(fold.tolist()):
         out = fold == number
         seen = [row for row, left_out in zip(rows, out, strict=True) if not left_out]
         ratios = log_ratios(DatasheetProfile(gpu, base.replaced(fit_physics(gpu, base, seen))), rows)

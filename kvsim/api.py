@@ -7,13 +7,13 @@ import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from math import exp
 from pathlib import Path
 from typing import NamedTuple
 
 import simpy
 
 from kvsim.cost import StepCosts
-from kvsim.datasheet import DatasheetProfile
 from kvsim.dtypes import check_weight_dtype, kv_bytes_per_element
 from kvsim.engines.base import Engine
 from kvsim.errors import InputError, KvsimError
@@ -25,6 +25,7 @@ from kvsim.policies.base import CacheShape, Policy
 from kvsim.policies.compose import CachePlan, Composition
 from kvsim.pool import BlockPool, PrefixPool
 from kvsim.profile import Profile
+from kvsim.profiles import load_profile
 from kvsim.recording import RunLog
 from kvsim.requests import Request
 from kvsim.result import Basis, PolicyResult, Result
@@ -65,7 +66,8 @@ def deploy(scenario: Scenario) -> Deployment:
             "engine.max_model_len", longest, f"must be at most the context of {model.name}, {model.max_context_tokens}",
             "lower it or choose another model",
         )  # fmt: skip
-    return Deployment(gpu, model, tp, scenario.weight_dtype, engine, DatasheetProfile(gpu), longest)
+    profile = load_profile(scenario.profile, gpu, engine.kernels, base)
+    return Deployment(gpu, model, tp, scenario.weight_dtype, engine, profile, longest)
 
 
 def build_plan(deployment: Deployment, policies: Iterable[Policy], field: str) -> CachePlan:
@@ -255,18 +257,17 @@ def _kv_bytes_per_sequence(log: RunLog, unit_bytes: int) -> float:
 
 def _basis(replica: Replica) -> tuple[Basis, ...]:
     """What each Op kind's time rests on, the largest share first."""
-    from math import exp
-
-    times, answers = replica.log.op_ps, dict(replica.costs.basis)
+    times, answers = replica.costs.op_parts(), dict(replica.costs.basis)
     if replica.contended is not None:
         answers = {**replica.contended.basis, **answers}
+        for part, value in replica.contended.op_parts().items():
+            times[part] = times.get(part, 0) + value
     total = sum(times.values()) or 1
     rows = []
-    for label, value in sorted(times.items(), key=lambda item: (-item[1], item[0])):
-        answer = answers[label]
-        rows.append(
-            Basis(label, value / PS_PER_S, value / total, answer.source, exp(answer.log_bias[1]), exp(answer.log_bias[2]))
-        )
+    for part, value in sorted(times.items(), key=lambda item: (-item[1], item[0])):
+        label, source = part
+        bias = answers[part].log_bias
+        rows.append(Basis(label, value / PS_PER_S, value / total, source, exp(bias[1]), exp(bias[2])))
     return tuple(rows)
 
 

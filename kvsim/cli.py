@@ -24,7 +24,7 @@ Exit codes:
   141  the reader of the output closed the pipe, as `| head` does
 """
 SECTION_NAMES = (
-    "title", "latency", "means", "capacity", "gains", "slo", "time", "ledger", "full_ledger", "basis", "notes", "warnings",
+    "title", "latency", "means", "capacity", "gains", "bands", "slo", "time", "ledger", "full_ledger", "basis", "notes", "warnings",
     "verdict",
 )  # fmt: skip
 """Those of kvsim.reports.terminal, without importing it (a test compares them)."""
@@ -136,10 +136,14 @@ def _scenario_options(command: Any) -> Any:
     "--sections", type=_Sections(), metavar="NAME,...",
     help="Parts of the report: " + ", ".join(SECTION_NAMES) + "; by default all but full_ledger.",
 )  # fmt: skip
+@click.option(
+    "--uncertainty", type=click.IntRange(min=2), metavar="N",
+    help="Simulate N more times under drawn calibration errors and show error bands; on all cores.",
+)  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="No report and no progress bar: only the files of DIR.")
 def run(
     scenario: str, overrides: tuple[tuple[str, Any], ...], names: tuple[str, ...], out: str | None, as_json: bool,
-    requests_format: str, no_plots: bool, perfetto: bool, sections: list[str] | None, quiet: bool,
+    requests_format: str, no_plots: bool, perfetto: bool, sections: list[str] | None, uncertainty: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Simulate every policy of SCENARIO, a YAML file, and compare them."""
     loaded = _load(scenario, overrides, names)
@@ -156,6 +160,14 @@ def run(
 
     with progress_bar(loaded, shown=not quiet) as progress:
         result = simulate(loaded, progress)
+    if uncertainty is not None:
+        from dataclasses import replace
+
+        from kvsim.progress import draws_bar
+        from kvsim.uncertainty import error_bands
+
+        with draws_bar(uncertainty, shown=not quiet) as tell:
+            result = replace(result, bands=error_bands(loaded, uncertainty, os.cpu_count() or 1, tell))
     if out is not None:
         from kvsim.reports.files import write_outputs
 

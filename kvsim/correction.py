@@ -33,32 +33,40 @@ class Term:
 
     def at(self, place: Sequence[float]) -> float:
         """The log ratio at a place."""
-        corners = [(0, 1.0)]
-        for which, knots, stride in zip(self.where, self.knots, self.strides, strict=True):
-            cell, share = _cell(knots, place[which])
-            first = cell * stride
-            if share <= 0.0:
-                corners = [(offset + first, weight) for offset, weight in corners]
-            else:
-                corners = [
-                    corner
-                    for offset, weight in corners
-                    for corner in ((offset + first, weight * (1.0 - share)), (offset + first + stride, weight * share))
-                ]
-        values = self.values
-        return sum([values[offset] * weight for offset, weight in corners])
+        values, total = self.values, 0.0
+        for offset, weight in self._corners(place):
+            total += values[offset] * weight
+        return total
 
     def along(self, axis: int, place: Sequence[float]) -> tuple[list[float], list[float]]:
         """(knots, log ratios) along one coordinate, the others held at the place; one knot where it does not matter."""
         if axis not in self.where:
             return [0.0], [self.at(place)]
-        knots = self.knots[self.where.index(axis)]
-        held = list(place)
-        found = []
-        for knot in knots:
-            held[axis] = knot
-            found.append(self.at(held))
+        free = self.where.index(axis)
+        knots, stride, values = self.knots[free], self.strides[free], self.values
+        found = [0.0] * len(knots)
+        for offset, weight in self._corners(place, free):
+            for i in range(len(knots)):
+                found[i] += values[offset + i * stride] * weight
         return knots, found
+
+    def _corners(self, place: Sequence[float], free: int = -1) -> list[tuple[int, float]]:
+        """(offset, weight) of the values around a place; the axis `free` is left at its first knot."""
+        corners = [(0, 1.0)]
+        for i, which in enumerate(self.where):
+            if i == free:
+                continue
+            stride = self.strides[i]
+            cell, share = cell_of(self.knots[i], place[which])
+            offset = cell * stride
+            if share:
+                rest, beyond = 1.0 - share, offset + stride
+                corners = [(first + offset, weight * rest) for first, weight in corners] + [
+                    (first + beyond, weight * share) for first, weight in corners
+                ]
+            elif offset:
+                corners = [(first + offset, weight) for first, weight in corners]
+        return corners
 
     def covers(self, place: Sequence[float]) -> bool:
         """Whether a place lies between first and last knots, and not beside them."""
@@ -68,7 +76,7 @@ class Term:
         )
 
 
-def _cell(knots: Sequence[float], x: float) -> tuple[int, float]:
+def cell_of(knots: Sequence[float], x: float) -> tuple[int, float]:
     """(first knot, share of the second) for x between two knots; clamped outside."""
     cell = bisect_right(knots, x) - 1
     if cell < 0:
@@ -111,7 +119,7 @@ class Correction:
         for value in values:
             x, total = log2(value) + by, 0.0
             for knots, ratios in lines:
-                cell, share = _cell(knots, x)
+                cell, share = cell_of(knots, x)
                 total += ratios[cell] if share <= 0.0 else ratios[cell] + share * (ratios[cell + 1] - ratios[cell])
             found.append(total)
         return found

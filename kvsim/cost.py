@@ -18,7 +18,7 @@ from kvsim.engines.base import Engine
 from kvsim.model import Model
 from kvsim.ops import Copy, MixedAttention, PrefillAttention
 from kvsim.policies.compose import CachePlan
-from kvsim.pricing import ATTENTION, HOST, BatchTable, Prices
+from kvsim.pricing import ATTENTION, HOST, BatchTable, Part, Prices
 from kvsim.profile import Answer, Profile
 
 
@@ -137,16 +137,31 @@ class StepCosts(Prices):
     def spend_transfer(self, duration_ps: int, answer: Answer) -> None:
         """Enters a host-link transfer that a step waited for."""
         self.copy_ps += duration_ps
-        self.basis[Copy.kind] = answer
+        self.basis[Copy.kind, answer.source] = answer
         self.busy_ps += duration_ps
 
-    def op_times(self) -> dict[str, int]:
-        """Picoseconds by Op label over all steps so far; "host" is where the device waited for the host."""
+    def op_parts(self) -> dict[Part, int]:
+        """Picoseconds by Op label and source over all steps so far; "host" is where the device waited for the host."""
         times = self.paid()
         for label, value in (
             (ATTENTION, self.attention_ps), (MixedAttention.kind, self.mixed_ps),
             (PrefillAttention.kind, self.prefill_ps), (Copy.kind, self.copy_ps),
         ):  # fmt: skip
+            if value:
+                part = self._last_part(label)
+                times[part] = times.get(part, 0) + value
+        waited = self.busy_ps - sum(times.values())
+        if waited:
+            times[self._last_part(HOST)] = waited
+        return {part: value for part, value in times.items() if value}
+
+    def _last_part(self, label: str) -> Part:
+        """The part under which an Op was asked about last: for times that are summed over answers of several sources."""
+        return next(part for part in reversed(self.basis) if part[0] == label)
+
+    def op_times(self) -> dict[str, int]:
+        """Picoseconds by Op label over all steps so far."""
+        times: dict[str, int] = {}
+        for (label, _), value in self.op_parts().items():
             times[label] = times.get(label, 0) + value
-        times[HOST] = self.busy_ps - sum(times.values())
-        return {label: value for label, value in times.items() if value}
+        return times

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kvsim.units import PS_PER_S
 
@@ -14,17 +15,17 @@ class Curve:
     """Picoseconds as a function of whole scalar units: in cell i, ``ys[i] + ms[i] * (x - xs[i])``.
 
     Slopes are rounded down, so the curve never falls where its points do not. Beyond the last knot the last cell goes on.
-    `parts` are the same curve split by Op label; their values and slopes add up to the whole exactly.
-    While a simulation runs, `count` and `offset` add up the evaluations in each cell, from which `times` gets time by label.
+    `parts` are the same curve split by Op label and source; their values and slopes add up to the whole exactly.
+    While a simulation runs, `count` and `offset` add up the evaluations in each cell, from which `times` gets time by part.
     """
 
     __slots__ = ("count", "knots", "ms", "offset", "parts", "xs", "ys")
 
-    def __init__(self, knots: Sequence[int], seconds: Mapping[str, Sequence[float]]) -> None:
-        """knots: ascending, from 0. seconds: for each label, its values at the knots; where they fall (noise) they are held."""
+    def __init__(self, knots: Sequence[int], seconds: Mapping[Any, Sequence[float]]) -> None:
+        """knots: ascending, from 0. seconds: for each part, its values at the knots; where they fall (noise) they are held."""
         self.knots = knots
         self.xs: list[int] = [*knots[:-1], _BEYOND]
-        self.parts: dict[str, tuple[list[int], list[int]]] = {}
+        self.parts: dict[Any, tuple[list[int], list[int]]] = {}
         for label, values in seconds.items():
             highest, ys = 0, []
             for value in values:
@@ -63,8 +64,8 @@ class Curve:
         self.offset[i] += times * step
         return self.ys[i] + self.ms[i] * step
 
-    def times(self) -> dict[str, int]:
-        """Picoseconds by label of all evaluations in the account."""
+    def times(self) -> dict[Any, int]:
+        """Picoseconds by part of all evaluations in the account."""
         return {
             label: sum(y * n + m * offset for y, m, n, offset in zip(ys, ms, self.count, self.offset, strict=True))
             for label, (ys, ms) in self.parts.items()

@@ -9,11 +9,11 @@ from math import exp, hypot, log2
 from typing import NamedTuple
 
 from kvsim.coordinates import AXES, Place, locate
-from kvsim.correction import Correction
+from kvsim.correction import Correction, cell_of
 from kvsim.datasheet import DatasheetProfile
 from kvsim.efficiencies import load_efficiencies
 from kvsim.hardware import Gpu
-from kvsim.ops import DecodeAttention, MixedAttention, Op, PrefillAttention
+from kvsim.ops import DecodeAttention, Gemm, MixedAttention, Op, PrefillAttention
 from kvsim.profile import Answer, LogBias
 from kvsim.profile_file import ProfileFile, TableKey
 
@@ -37,19 +37,25 @@ class Chosen(NamedTuple):
 class MeasuredProfile:
     """Answers Ops of the kinds, dtypes and head sizes that its file holds; see `knows`.
 
-    gpu: the GPU to answer for; another one than the file's is reached by the datasheets' ratios.
+    gpu: the GPU to answer for; another one than measured_on, the file's, is reached by the datasheets' ratios.
     """
 
-    def __init__(self, content: ProfileFile, gpu: Gpu, measured_sms: int, extra_sigma: float = 0.0, carried: str = "") -> None:
+    def __init__(
+        self, content: ProfileFile, gpu: Gpu, measured_on: Gpu, extra_sigma: float = 0.0, carried: str = ""
+    ) -> None:
         self.content, self.gpu = content, gpu
         self._extra_sigma, self._carried = extra_sigma, carried
         efficiencies = load_efficiencies()
         known = {name: value for name, value in content.efficiencies.items() if name in efficiencies.values}
+        # Latencies inside a kernel are cycles: fitted ones of A100, H100 and L40S go with 1 / boost clock to within some 10 %.
+        cycles = measured_on.boost_clock_hz / gpu.boost_clock_hz
+        known = {name: value * cycles if _is_latency(name) else value for name, value in known.items()}
         self.physics = DatasheetProfile(gpu, efficiencies.replaced(known))
-        self._shift = log2(measured_sms / gpu.num_sms)
+        self._shift = log2(measured_on.num_sms / gpu.num_sms)
         self._corrections = {key: self._correction(key) for key in content.tables}
         self._has_prefill = any(kind == PrefillAttention.kind for kind, _, _ in content.tables)
         self._chosen: dict[TableKey, Chosen | None] = {}
+        self._gemm_lines: dict[tuple[int, int, str], tuple[list[float], list[float]]] = {}
         self._labels: dict[tuple[str, str, str, float], tuple[str, LogBias, str]] = {}
         self.log_biases: Mapping[tuple[str, str], LogBias] = self._all_biases()
 
@@ -110,11 +116,27 @@ class MeasuredProfile:
         seconds = base.seconds
         if isinstance(op, DecodeAttention):
             seconds = self._decode_s(op, chosen, place.at, hbm_share)
+        elif isinstance(op, Gemm):
+            seconds *= exp(self._gemm_ratio(op, chosen, place))
         else:
             seconds *= exp(chosen.correction.at(place.at))
         inside = chosen.correction.covers(place.at)
         source, bias, size_class = self._label(op.kind, base.size_class, chosen, inside)
         return Answer(seconds, source, bias, size_class)
+
+    def _gemm_ratio(self, op: Gemm, chosen: Chosen, place: Place) -> float:
+        """The correction, with the line of one weight matrix over m kept: a model has few matrices and many batch sizes."""
+        shapes, *tails = chosen.correction.terms
+        key = (op.n, op.k, place.variant)
+        line = self._gemm_lines.get(key)
+        if line is None:
+            line = self._gemm_lines[key] = shapes.along(0, place.at)
+        knots, ratios = line
+        cell, share = cell_of(knots, place.at[0])
+        ratio = ratios[cell] if not share else ratios[cell] + share * (ratios[cell + 1] - ratios[cell])
+        for tail in tails:
+            ratio += tail.at(place.at)
+        return ratio
 
     def _mixed(self, op: MixedAttention, base: Answer, share: float) -> Answer:
         """The measured prefill, and what the physics adds to it for the decodes in the same launch."""
@@ -200,3 +222,8 @@ def widened(quantiles: LogBias, sigma: float) -> LogBias:
     return middle - widths[0], middle - widths[1], middle + widths[2], middle + widths[3]
 
 
+
+
+def _is_latency(name: str) -> bool:
+    """Whether a physical constant is time spent inside a kernel, whatever it moves or computes."""
+    return name.endswith("_s") and not name.startswith(("host.", "collective.", "copy."))

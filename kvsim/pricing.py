@@ -23,13 +23,16 @@ ATTENTION = DecodeAttention.kind
 HOST = "host"
 _MAX_SLOTS_LOG2 = 50
 
+Part = tuple[str, str]
+"""(Op label, source): time is kept apart by what it rests on."""
+
 
 class Price:
-    """The cost of something launched again and again: its parts by Op label, and how often it was paid."""
+    """The cost of something launched again and again: its parts by Op label and source, and how often it was paid."""
 
     __slots__ = ("parts", "times", "total_ps")
 
-    def __init__(self, parts: dict[str, int]) -> None:
+    def __init__(self, parts: dict[Part, int]) -> None:
         self.parts, self.total_ps, self.times = parts, sum(parts.values()), 0
 
     def pay(self) -> int:
@@ -98,8 +101,8 @@ class Prices:
     ) -> None:  # fmt: skip
         self.model, self.tp, self.weight_dtype, self.engine, self.plan = model, tp, weight_dtype, engine, plan
         self.profile, self.pool_slots, self.hbm_share = profile, pool_slots, hbm_share
-        self.basis: dict[str, Answer] = {}
-        """The last answer given for each Op label: where its numbers come from."""
+        self.basis: dict[Part, Answer] = {}
+        """An answer for each part: how wrong it may be."""
         self._num_launches = engine.num_launches(model, tp)
         self.linear = _Memo(self._linear)
         self.head = _Memo(self._head)
@@ -114,18 +117,23 @@ class Prices:
         self.host = _Memo(self._host)
         self.pool_price = Price(self._answer((1, op) for op in plan.pool_ops(pool_slots)))
 
-    def _seconds(self, op: Op, label: str) -> float:
+    def _ask(self, op: Op, label: str) -> tuple[Part, float]:
+        """(part, seconds) of one launch."""
         answer = self.profile.answer(op, self.hbm_share)
-        self.basis[label] = answer
-        return answer.seconds
+        part = (label, answer.source)
+        self.basis[part] = answer
+        return part, answer.seconds
 
-    def _answer(self, ops: Iterable[tuple[int, Op]]) -> dict[str, int]:
-        """Picoseconds by label of Ops launched so many times."""
-        seconds: dict[str, float] = {}
+    def _seconds(self, op: Op, label: str) -> float:
+        return self._ask(op, label)[1]
+
+    def _answer(self, ops: Iterable[tuple[int, Op]]) -> dict[Part, int]:
+        """Picoseconds by part of Ops launched so many times."""
+        seconds: dict[Part, float] = {}
         for times, op in ops:
-            label = op_label(op)
-            seconds[label] = seconds.get(label, 0.0) + times * self._seconds(op, label)
-        return {label: round(value * PS_PER_S) for label, value in seconds.items()}
+            part, value = self._ask(op, op_label(op))
+            seconds[part] = seconds.get(part, 0.0) + times * value
+        return {part: round(value * PS_PER_S) for part, value in seconds.items()}
 
     # -- paid as a whole ------------------------------------------------------------------------------------------
 
@@ -197,10 +205,10 @@ class Prices:
 
     def _table(self, batch: int) -> BatchTable:
         plan = self.plan
-        fixed: dict[str, int] = {}
+        fixed: dict[Part, int] = {}
         for price in (self.linear[batch], self.head[batch], self.pool_price):
-            for label, value in price.parts.items():
-                fixed[label] = fixed.get(label, 0) + value
+            for part, value in price.parts.items():
+                fixed[part] = fixed.get(part, 0) + value
         alike = plan.alike_layer_groups  # those of one shape share a curve, and its account
         curves = {i: self._attention_curve(i, batch) for i in set(alike)}
         attention = [curves[i] for i in alike]
@@ -218,10 +226,11 @@ class Prices:
         most = max(self.pool_slots // plan.shape.num_layers, 1)  # no step reads more than the pool holds
         slots = slots[: bisect_left(slots, most) + 1]
         knots = sorted({round(plan.units_of_slots(layer_group, number)) for number in slots} | {0})
-        longest = plan.attention(layer_group, batch, knots[-1], knots[-1] / batch)
-        self._seconds(longest, ATTENTION)  # for the basis
-        seconds = self.profile.decode_curve(longest, plan.slots_of_units(layer_group, knots), self.hbm_share)
-        return Curve(knots, {ATTENTION: [layers * value for value in seconds]})
+        units = knots[len(knots) * 3 // 4]  # knots are geometric: a step of some length stands for the curve's source
+        typical = plan.attention(layer_group, batch, units, units / batch)
+        part, _ = self._ask(typical, ATTENTION)
+        seconds = self.profile.decode_curve(typical, plan.slots_of_units(layer_group, knots), self.hbm_share)
+        return Curve(knots, {part: [layers * value for value in seconds]})
 
     def _cache_curve(self, layer_group: int, batch: int, knots: Sequence[int]) -> Curve:
         """What engine and policies run in proportion to what attention reads."""
@@ -242,20 +251,22 @@ class Prices:
         return self._curve(knots, lambda slots: policy.action_ops(shape, max(slots, 1)))
 
     def _curve(self, knots: Sequence[int], ops_at: Callable[[int], Iterable[Op]]) -> Curve:
-        seconds: dict[str, list[float]] = {}
+        by_label: dict[str, list[float]] = {}
         if not any(ops_at(knots[-1])):
-            return Curve(knots, seconds)
+            return Curve(knots, {})
+        last: dict[str, Part] = {}  # a curve has one source by label: that of its last knot
         for i, units in enumerate(knots):
             for op in ops_at(units):
                 label = op_label(op)
-                seconds.setdefault(label, [0.0] * len(knots))[i] += self._seconds(op, label)
-        return Curve(knots, seconds)
+                last[label], value = self._ask(op, label)
+                by_label.setdefault(label, [0.0] * len(knots))[i] += value
+        return Curve(knots, {last[label]: seconds for label, seconds in by_label.items()})
 
     # -- account --------------------------------------------------------------------------------------------------
 
-    def paid(self) -> dict[str, int]:
-        """Picoseconds by Op label of everything paid by price or curve so far."""
-        times: dict[str, int] = {}
+    def paid(self) -> dict[Part, int]:
+        """Picoseconds by part of everything paid by price or curve so far."""
+        times: dict[Part, int] = {}
         memos = (self.linear, self.head, self.prefill_policy, self.compression)
         prices = [self.pool_price, *(price for memo in memos for price in memo.values())]
         curves = [*self.single.values(), *self.actions.values()]
@@ -265,9 +276,9 @@ class Prices:
             if table.lone is not None and table.lone is not table.attention[0]:
                 curves.append(table.lone)
         for price in prices:
-            for label, value in price.parts.items():
-                times[label] = times.get(label, 0) + price.times * value
+            for part, value in price.parts.items():
+                times[part] = times.get(part, 0) + price.times * value
         for curve in curves:
-            for label, value in curve.times().items():
-                times[label] = times.get(label, 0) + value
+            for part, value in curve.times().items():
+                times[part] = times.get(part, 0) + value
         return times

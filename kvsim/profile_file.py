@@ -21,6 +21,7 @@ from kvsim.errors import InputError
 from kvsim.profile import LogBias
 
 SCHEMA = 1
+HEAD = ("gpu", "engine", "engine_version", "source", "licence", "made", "command", "rows_sha256")
 PROFILES = DATA / "profiles"
 TableKey = tuple[str, str, int]
 """(kind, variant, size) of `kvsim.coordinates.Place`."""
@@ -117,12 +118,12 @@ def _parse(content: Mapping[str, Any]) -> ProfileFile:
             (quantiles[0], quantiles[1], quantiles[2], quantiles[3]),
             int(entry["rows"]), int(entry["shapes"]), float(entry["mape"]),
         )  # fmt: skip
-    names = ("gpu", "engine", "engine_version", "source", "licence", "made", "command", "rows_sha256")
+    text = {name: str(content[name]) for name in HEAD}
     efficiencies = {str(name): float(value) for name, value in content["efficiencies"].items()}
     for name, value in efficiencies.items():
         if not (isfinite(value) and value >= 0):
             raise ValueError(f"efficiencies.{name} must be a finite number >= 0")
-    return ProfileFile(*(str(content[name]) for name in names), efficiencies, tables, errors)
+    return ProfileFile(efficiencies=efficiencies, tables=tables, errors=errors, **text)
 
 
 def _term(kind: str, entry: Mapping[str, Any]) -> Term:
@@ -157,7 +158,7 @@ def _size(knots: Sequence[Sequence[float]]) -> int:
 def dump_profile_file(profile: ProfileFile) -> str:
     """The file's text: JSON with one row of numbers a line."""
     head: dict[str, Any] = {"schema": SCHEMA}
-    for name in ("gpu", "engine", "engine_version", "source", "licence", "made", "command", "rows_sha256"):
+    for name in HEAD:
         head[name] = getattr(profile, name)
     head["efficiencies"] = {name: float(f"{value:.4g}") for name, value in sorted(profile.efficiencies.items())}
     lines = ["{"]

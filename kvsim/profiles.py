@@ -1,13 +1,14 @@
 """Which profile answers: the measured one of the GPU and engine, and where it is silent the next best, each wider than the one before.
 
-In order: the engine's own tables; another engine's or dtype's on the same GPU; those of a neighbouring GPU, carried by the
-datasheets' ratios; the datasheet alone. Every answer says which of them it was.
+In order: the engine's own tables; another engine's or dtype's on the same GPU; those of the other GPUs, the nearest first in
+weight, carried by the datasheets' ratios; the datasheet alone. Every answer says which of them it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from math import log
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from math import exp, log
 from pathlib import Path
 
 from kvsim.catalogue import is_path
@@ -18,7 +19,7 @@ from kvsim.hardware import Gpu, load_gpu
 from kvsim.measured import MeasuredProfile
 from kvsim.ops import DecodeAttention, Op
 from kvsim.profile import Answer, LogBias, Profile
-from kvsim.profile_file import ProfileFile, load_profile_file, shipped
+from kvsim.profile_file import load_profile_file, shipped
 
 AUTO, DATASHEET = "auto", "datasheet"
 OTHER_ENGINE_SIGMA = 0.12
@@ -26,23 +27,70 @@ OTHER_ENGINE_SIGMA = 0.12
 measurements of the field); benchmarks/profile_accuracy.py prints it for the shipped tables."""
 NEIGHBOUR_SIGMA = 0.20
 """The same between GPUs, after scaling by datasheet: leave-one-GPU-out errors of benchmarks/profile_accuracy.py, rounded up."""
-MAX_NEIGHBOURS = 1
+NEIGHBOUR_RANGE = 0.7
+"""A GPU at this distance (`_distance`) counts 1/e of one at distance 0. Chosen by leave-one-GPU-out errors, the same for all Ops."""
+
+class Neighbours:
+    """What the tables of other GPUs say of one, carried by datasheet: their weighted geometric mean."""
+
+    def __init__(self, profiles: Sequence[MeasuredProfile], weights: Sequence[float]) -> None:
+        self._profiles, self._weights = tuple(profiles), tuple(weights)
+        self._chosen: dict[tuple[str, str, int], list[tuple[MeasuredProfile, float]]] = {}
+        self.log_biases: Mapping[tuple[str, str], LogBias] = _widest(profile.log_biases for profile in profiles)
+        self.name = f"{profiles[0].name} and {len(profiles) - 1} more, scaled by datasheet"
+
+    def knows(self, place: Place, exactly: bool) -> bool:
+        return any(profile.knows(place, exactly) for profile in self._profiles)
+
+    def _asked(self, op: Op) -> list[tuple[MeasuredProfile, float]]:
+        """Those with a table of the Op's very dtype, or else of another, with weights that sum to 1."""
+        place = locate(op, self._profiles[0].gpu.num_sms)
+        assert place is not None
+        found = self._chosen.get(place[:3])
+        if found is None:
+            pairs = list(zip(self._profiles, self._weights, strict=True))
+            able = [(profile, weight) for profile, weight in pairs if profile.knows(place, True)]
+            able = able or [(profile, weight) for profile, weight in pairs if profile.knows(place, False)]
+            total = sum(weight for _, weight in able)
+            found = self._chosen[place[:3]] = [(profile, weight / total) for profile, weight in able]
+        return found
+
+    def answer(self, op: Op, hbm_share: float = 1.0) -> Answer:
+        asked = self._asked(op)
+        answers = [(profile.answer(op, hbm_share), weight) for profile, weight in asked]
+        seconds = exp(sum(weight * log(answer.seconds) for answer, weight in answers))
+        nearest = max(answers, key=lambda pair: pair[1])[0]
+        others = f" and {len(answers) - 1} more GPUs" if len(answers) > 1 else ""
+        return nearest._replace(seconds=seconds, source=f"{nearest.source}{others}")
+
+    def decode_curve(self, op: DecodeAttention, kv_slots: Sequence[int], hbm_share: float = 1.0) -> list[float]:
+        curves = [(profile.decode_curve(op, kv_slots, hbm_share), weight) for profile, weight in self._asked(op)]
+        return [exp(sum(weight * log(curve[i]) for curve, weight in curves)) for i in range(len(kv_slots))]
+
+    def kv_knots(self, op: DecodeAttention) -> Sequence[int]:
+        return self._profiles[0].kv_knots(op)
 
 
 class ProfileChain:
-    """Profiles asked in turn; the first that has a table for an Op answers it."""
+    """Profiles asked in turn; the first that has a table for an Op answers it. They are read when they are first needed."""
 
-    def __init__(self, links: Sequence[MeasuredProfile], num_own_gpu: int, last: DatasheetProfile) -> None:
-        """links: best first, of which `num_own_gpu` were measured on the GPU itself."""
-        self._links, self._last = tuple(links), last
-        self._passes = [(link, exactly) for group in (links[:num_own_gpu], links[num_own_gpu:]) for exactly in (True, False)
-                        for link in group]  # fmt: skip
+    def __init__(
+        self, own: Sequence[Callable[[], MeasuredProfile]], others: Callable[[], Neighbours | None], last: DatasheetProfile
+    ) -> None:
+        """own: profiles measured on the GPU itself, best first. others: what other GPUs say."""
+        self._makers = [cache(make) for make in own]
+        self._others, self._last = cache(others), last
         self._answering: dict[tuple[str, str, int], Profile] = {}
-        self.log_biases: Mapping[tuple[str, str], LogBias] = _widest([*(link.log_biases for link in links), last.log_biases])
+
+    @property
+    def log_biases(self) -> Mapping[tuple[str, str], LogBias]:
+        others = self._others()
+        links = [make() for make in self._makers]
+        return _widest([*(link.log_biases for link in links), *([others.log_biases] if others else []), self._last.log_biases])
 
     @property
     def name(self) -> str:
-        return self._links[0].name if self._links else self._last.name
+        return self._makers[0]().name if self._makers else self._last.name
 
     def _profile(self, op: Op) -> Profile:
         place = locate(op, self._last.gpu.num_sms)
@@ -54,9 +102,13 @@ class ProfileChain:
         return found
 
     def _first(self, place: Place) -> Profile:
-        for link, exactly in self._passes:
-            if link.knows(place, exactly):
-                return link
+        for exactly in (True, False):
+            for make in self._makers:
+                if make().knows(place, exactly):
+                    return make()
+        others = self._others()
+        if others is not None and (others.knows(place, True) or others.knows(place, False)):
+            return others
         return self._last
 
     def answer(self, op: Op, hbm_share: float = 1.0) -> Answer:
@@ -87,50 +139,62 @@ def load_profile(name: str, gpu: Gpu, kernels: str, base_dir: Path = Path()) -> 
     last = DatasheetProfile(gpu)
     if name == DATASHEET:
         return last
-    files = {key: load_profile_file(path) for key, path in shipped().items()}
-    own = [content for content in files.values() if content.gpu == gpu.name]
+    there = shipped()
+    own = [path for path in there.values() if path.parent.name == gpu.name]
     if name == AUTO:
-        first = [content for content in own if content.engine == kernels]
+        first = [path for path in own if engine_of(path) == kernels]
     elif is_path(name):
-        first = [load_profile_file((base_dir / Path(name).expanduser()).resolve())]
-    elif name in files:
-        first = [files[name]]
+        first = [(base_dir / Path(name).expanduser()).resolve()]
+    elif name in there:
+        first = [there[name]]
     else:
         raise InputError(
-            "profile", name, f"must be auto, datasheet, a path, or one of {', '.join(files) or 'no shipped profiles'}",
+            "profile", name, f"must be auto, datasheet, a path, or one of {', '.join(there) or 'no shipped profiles'}",
             "see kvsim list profiles",
         )  # fmt: skip
-    links = [_link(content, gpu) for content in sorted(first, key=lambda content: content.engine_version, reverse=True)]
-    links += [_link(content, gpu, OTHER_ENGINE_SIGMA, "another engine") for content in own if content not in first]
-    num_own = len(links)
-    neighbour = _neighbour(gpu, {content.gpu for content in files.values()})
-    if neighbour is not None:
-        carried = [content for content in files.values() if content.gpu == neighbour]
-        carried.sort(key=lambda content: content.engine != kernels)
-        links += [_link(content, gpu, NEIGHBOUR_SIGMA, "scaled by datasheet") for content in carried if content not in first]
-    return ProfileChain(links, num_own, last) if links else last
+    if name != AUTO:
+        load_profile_file(first[0])  # what is wrong with it is said before anything else
+    links = [partial(_link, path, gpu) for path in sorted(first, reverse=True)]
+    links += [partial(_link, path, gpu, OTHER_ENGINE_SIGMA, "another engine") for path in own if path not in first]
+    elsewhere = [path for path in there.values() if path.parent.name != gpu.name]
+    return ProfileChain(links, partial(_neighbours, gpu, kernels, elsewhere), last)
 
 
-def _link(content: ProfileFile, gpu: Gpu, sigma: float = 0.0, carried: str = "") -> MeasuredProfile:
+def engine_of(path: Path) -> str:
+    """The engine of a shipped profile, which its file name begins with."""
+    return path.stem.partition("-")[0]
+
+
+@cache
+def _link(path: Path, gpu: Gpu, sigma: float = 0.0, carried: str = "") -> MeasuredProfile:
+    """Profiles never change, and what they have worked out serves the next simulation too."""
+    content = load_profile_file(path)
     measured_on = load_gpu(content.gpu)
     if measured_on.name != gpu.name and not carried:
         sigma, carried = NEIGHBOUR_SIGMA, "scaled by datasheet"
-    return MeasuredProfile(content, gpu, measured_on.num_sms, sigma, carried)
+    return MeasuredProfile(content, gpu, measured_on, sigma, carried)
 
 
-def _neighbour(gpu: Gpu, measured: Iterable[str]) -> str | None:
-    """The measured GPU most like this one: of its generation if there is one, then by what its datasheet says."""
-    others = [load_gpu(name) for name in measured if name != gpu.name]
-    if not others or gpu.compute_capability is None:
+def _neighbours(gpu: Gpu, kernels: str, paths: Sequence[Path]) -> Neighbours | None:
+    """One profile of each other GPU: of the same engine where there is one."""
+    by_gpu: dict[str, Path] = {}
+    for path in paths:
+        if path.parent.name not in by_gpu or engine_of(path) == kernels:
+            by_gpu[path.parent.name] = path
+    if not by_gpu or gpu.compute_capability is None:  # tables of one vendor's kernels say nothing about another's
         return None
+    distances = {name: _distance(gpu, load_gpu(name)) for name in by_gpu}
+    order = sorted(by_gpu, key=lambda name: (distances[name], name))
+    profiles = [_link(by_gpu[name], gpu, NEIGHBOUR_SIGMA, "scaled by datasheet") for name in order]
+    return Neighbours(profiles, [exp(-distances[name] / NEIGHBOUR_RANGE) for name in order])
 
-    def distance(other: Gpu) -> tuple[int, float]:
-        here, there = gpu.compute_capability or (0, 0), other.compute_capability or (0, 0)
-        generations = abs(here[0] - there[0]) * 10 + (here != there)
-        sizes = (
-            (gpu.hbm_bandwidth_bytes_per_s, other.hbm_bandwidth_bytes_per_s),
-            (gpu.peak_flops("bf16"), other.peak_flops("bf16")),
-        )
-        return generations, sum(abs(log(one / two)) for one, two in sizes)
 
-    return min(others, key=distance).name
+def _distance(one: Gpu, other: Gpu) -> float:
+    """How unlike two GPUs are: matrix rate of a multiprocessor in a cycle, bandwidth (by half), generation."""
+
+    def per_cycle(gpu: Gpu) -> float:
+        return gpu.peak_flops("bf16") / gpu.num_sms / gpu.boost_clock_hz
+
+    bandwidths = one.hbm_bandwidth_bytes_per_s / other.hbm_bandwidth_bytes_per_s
+    generation = 0.0 if one.compute_capability == other.compute_capability else 0.5
+    return abs(log(per_cycle(one) / per_cycle(other))) + 0.5 * abs(log(bandwidths)) + generation

@@ -28,6 +28,20 @@ def progress_bar(scenario: Scenario, *, shown: bool = True) -> Iterator[Callable
         yield _Bars(bar, list(scenario.policies), expected_num_requests(scenario.workload))
 
 
+@contextmanager
+def draws_bar(num_draws: int, *, shown: bool = True) -> Iterator[Callable[[int], None] | None]:
+    """The same over the draws of `kvsim.uncertainty.error_bands`."""
+    if not shown or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("draws", total=num_draws)
+        yield lambda done: bar.update(task, completed=done)
+
+
 class _Bars:
     """One bar for the policies, one for the requests of the present one."""
 

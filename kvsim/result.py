@@ -37,6 +37,25 @@ class Basis:
 
 
 @dataclass(frozen=True, slots=True)
+class Band:
+    """Quantiles of a metric over draws of the calibration's errors."""
+
+    p2_5: float
+    p16: float
+    p50: float
+    p84: float
+    p97_5: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bands:
+    """Bands by metric (`kvsim.uncertainty`), gains over the baseline among them."""
+
+    num_draws: int
+    by_metric: Mapping[str, Band]
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyResult:
     """One policy's simulation."""
 
@@ -66,6 +85,8 @@ class Result:
     slo: Mapping[str, float] = field(default_factory=dict)
     """Limits in seconds by name: ttft_p99_s, tpot_p99_s, e2e_p99_s, ..."""
     warmup_requests: int = 0
+    bands: Mapping[str, Bands] = field(default_factory=dict)
+    """By policy; empty unless they were asked for."""
 
     @property
     def baseline(self) -> str | None:

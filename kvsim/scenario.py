@@ -38,7 +38,10 @@ class Scenario(Frozen):
     model: str = Field(description="name in the catalogue (kvsim list models), YAML, or a Hugging Face config.json")
     tensor_parallel: int = Field(1, ge=1, le=8, description="GPUs that share each layer")
     weight_dtype: WeightDtype = Field("bf16", description="format of the layers' matrices")
-    profile: str = Field("datasheet", description="what answers Ops with seconds; datasheet is all there is so far")
+    profile: str = Field(
+        "auto", description="what answers Ops with seconds: auto (measurements of the GPU and engine where there are), datasheet, "
+        "a name of kvsim list profiles, or the path of a profile"
+    )
     engine: AnyEngine = Field(description="the serving engine and its settings")
     workload: WorkloadConfig = Field(description="traffic")
     policies: dict[str, list[AnyPolicy]] = Field(description="compositions of policies to compare, by name")
@@ -50,13 +53,6 @@ class Scenario(Frozen):
     def _some_policies(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
         if not value:
             raise ValueError("must name at least one policy; try full: []")
-        return value
-
-    @field_validator("profile")
-    @classmethod
-    def _known_profile(cls, value: str) -> str:
-        if value != "datasheet":
-            raise ValueError("must be datasheet: no measured profile ships with this version; try datasheet")
         return value
 
 

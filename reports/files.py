@@ -132,6 +132,7 @@ def summary_data(result: Result) -> dict[str, Any]:
             "kv_bytes_per_sequence": policy.kv_bytes_per_sequence,
             "basis": policy.basis,
             "notes": policy.notes,
+            "error_bands": result.bands.get(name),
         }
         for name, policy in result.policies.items()
     }

@@ -19,7 +19,7 @@ from kvsim.reports.console import PIPE_WIDTH, print_parts, text_of
 from kvsim.reports.formats import factor, number, percent, share, size, time_unit
 from kvsim.reports.tables import ledger_differences, ledger_table, lines_by_policy, plain_table, policy_table
 from kvsim.reports.verdict import is_overloaded, verdict, warnings
-from kvsim.result import PolicyResult, Result
+from kvsim.result import Band, PolicyResult, Result
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -120,6 +120,27 @@ def _depends_on_length(result: Result, name: str, gain: str) -> bool:
     return waits and any(is_overloaded(policy.summary) for policy in either)
 
 
+def _bands(result: Result) -> Iterable[RenderableType]:
+    """Where the numbers lie in 16 % to 84 % of the draws of calibration errors."""
+    if not result.bands:
+        return
+    bands = [result.bands[name].by_metric for name in result.policies]
+    columns: list[tuple[str, list[str]]] = []
+    for metric, label in (("ttft_p50_s", "TTFT p50"), ("tpot_p50_s", "TPOT p50"), ("e2e_p50_s", "E2E p50")):
+        unit, scale = time_unit(band[metric].p50 for band in bands if metric in band)
+        columns.append((f"{label}\n{unit}", [_range(band.get(metric), scale) for band in bands]))
+    columns.append(("output\ntok/s", [_range(band.get("output_tokens_per_s"), 1.0) for band in bands]))
+    if result.baseline is not None:
+        for gain in ("tpot_x", "output_tokens_x"):
+            columns.append((f"{GAIN_LABELS[gain]}\ngain", [_range(band.get(gain), 1.0) for band in bands]))
+    draws = min(found.num_draws for found in result.bands.values())
+    yield policy_table(f"Error bands: 16 % to 84 % of {draws} runs under drawn calibration errors", result, columns)
+
+
+def _range(band: Band | None, scale: float) -> str:
+    return "-" if band is None else f"{number(band.p16 / scale)}..{number(band.p84 / scale)}"
+
+
 def _slo(result: Result) -> Iterable[RenderableType]:
     columns = []
     for key in result.slo:
@@ -212,6 +233,7 @@ SECTIONS: dict[str, Callable[[Result], Iterable[RenderableType]]] = {
     "means": _means,
     "capacity": _capacity,
     "gains": _gains,
+    "bands": _bands,
     "slo": _slo,
     "time": _time,
     "ledger": _ledger,

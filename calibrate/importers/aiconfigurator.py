@@ -34,7 +34,10 @@ SPECIAL_KERNELS = ("triton", "vllm_flash_attn_fa4")
 """Used in those tables for head sizes that the engine's usual kernel does not take."""
 MAX_QUERIES_PER_KV = 32
 """Head groups beyond any model of the catalogue (tensor parallelism included) are left out of the fit."""
-MESSAGE = "kvsim's own name for the GPU"
+HEAD_DIMS = (64, 80, 96, 112, 128, 256)
+"""Head sizes of attention as we model it; 192 and 512 there are compressed-latent and other special ones."""
+LEAST_MATRIX = 128
+"""No weight of a model is smaller than this in either direction."""
 
 
 def data_root(root: Path | None = None) -> tuple[Path, str]:
@@ -131,15 +134,14 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _gemm(cells: dict[str, Any]) -> Op | None:
     dtype = GEMM_DTYPES.get(cells["gemm_dtype"])
-    if dtype is None:
-        return None
-    return Gemm(int(cells["m"]), int(cells["n"]), int(cells["k"]), dtype)
+    n, k = int(cells["n"]), int(cells["k"])
+    return None if dtype is None or min(n, k) < LEAST_MATRIX else Gemm(int(cells["m"]), n, k, dtype)
 
 
 def _heads(cells: dict[str, Any]) -> tuple[int, int] | None:
     q_heads = int(cells["num_heads"])
     kv_heads = int(cells["num_key_value_heads"]) or q_heads
-    if int(cells.get("window_size") or 0) or cells["kernel_source"] in SPECIAL_KERNELS:
+    if int(cells.get("window_size") or 0) or cells["kernel_source"] in SPECIAL_KERNELS or cells["head_dim"] not in HEAD_DIMS:
         return None
     return None if q_heads > MAX_QUERIES_PER_KV * kv_heads else (q_heads, kv_heads)
 

@@ -55,6 +55,8 @@ class Engine(Frozen):
         0.5, gt=0, lt=1, description="HBM bandwidth a busy side stream takes; two streams that both saturate it share alike"
     )
 
+    kernels: ClassVar[str] = "vllm"
+    """Whose kernels it launches, as measured profiles name them."""
     layout: ClassVar[str] = "paged"
     mixes_attention: ClassVar[bool] = True
     """Prompt chunks and decodes share one attention launch."""

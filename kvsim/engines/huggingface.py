@@ -44,6 +44,7 @@ class HuggingFace(Engine):
     per_head_kv: bool = Field(True, description="a contiguous cache may hold a length of its own for each head")
     max_prefill_tokens: int = Field(4096, gt=0, description="prompt tokens of one batch that the ledger keeps room for")
 
+    kernels: ClassVar[str] = "torch"
     layout: ClassVar[str] = "contiguous"
     mixes_attention: ClassVar[bool] = False
     host_overlap: ClassVar[Literal["async", "sync"]] = "async"
