@@ -22,6 +22,9 @@ def linear_ops(model: Model, tp: int, weight_dtype: str, num_tokens: int, eager:
     # A norm with its residual addition reads the branch and the residual and writes both.
     yield layers * model.norms_per_layer, Elementwise("norm", 4 * row)
     heads = model.q_heads_per_gpu(tp) + 2 * model.kv_heads_per_gpu(tp)
+    if model.qk_norm:  # over each head of queries, and of keys
+        for normed in (model.q_heads_per_gpu(tp), model.kv_heads_per_gpu(tp)):
+            yield layers, Elementwise("qk_norm", 2 * num_tokens * normed * model.head_dim * ACTIVATION_BYTES)
     rotate_and_store = 2 * num_tokens * heads * model.head_dim * ACTIVATION_BYTES
     yield layers, Elementwise("rope_and_kv_write", rotate_and_store)
     wide = num_tokens * -(-model.intermediate_size // tp) * ACTIVATION_BYTES
@@ -45,4 +48,5 @@ def head_ops(model: Model, tp: int, num_sampled: int, eager: bool = False) -> It
 def num_launches_per_step(model: Model, tp: int) -> int:
     """Kernels a forward pass of one compiled engine launches: what a step without CUDA graphs pays host time for."""
     per_layer = len(model.gemms(tp)) + model.norms_per_layer + 3 + (model.norms_per_layer if tp > 1 else 0)
+    per_layer += 2 * model.qk_norm
     return model.num_layers * per_layer + 6

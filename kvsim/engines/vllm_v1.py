@@ -45,10 +45,14 @@ class VllmV1(Engine):
         "False: as before, only the first chunk must fit",
     )
 
+    async_scheduling: bool = Field(
+        True,
+        description="the host prepares a step while the device runs the one before, as vLLM does by default since 0.14; "
+        "False: schedule and prepare, then the device, then process outputs",
+    )
+
     # vLLM captures 1, 2, 4, then every 8 up to 256 and every 16 up to 512 (vllm/config: cudagraph_capture_sizes).
     capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
-    host_overlap: ClassVar[Literal["async", "sync"]] = "async"
-
     @model_validator(mode="after")
     def _budget_covers_batch(self) -> VllmV1:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -63,10 +67,15 @@ class VllmV1(Engine):
         return self.block_size_tokens
 
     def host_ops(self, batch: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
-        work = [HostWork("vllm_v1", part, batch) for part in ("schedule", "prepare", "launch", "sample", "process")]
+        before, beside, after = (
+            [HostWork("vllm_v1", part, batch) for part in parts]
+            for parts in (("schedule", "prepare"), ("launch", "sample"), ("process",))
+        )
         if num_launches:
-            work.append(HostWork("vllm_v1", "eager_launch", num_launches))
-        return (), tuple(work), ()
+            beside.append(HostWork("vllm_v1", "eager_launch", num_launches))
+        if self.async_scheduling:
+            return (), (*before, *beside, *after), ()
+        return tuple(before), tuple(beside), tuple(after)
 
     def memory_lines(self, model: Model, tp: int, weight_dtype: str) -> tuple[MemoryLine, ...]:
         tokens = self.max_num_batched_tokens
