@@ -79,6 +79,26 @@ CHOSEN = {
     "host.vllm_v1.eager_launch.base_us": (0.0, "assumed: cost is per launch"),
     "host.vllm_v1.eager_launch.per_sequence_us": (
         10.0, "assumed: batch = number of launches; bare PyTorch takes 5-10 us, upper end for Python"),
+    "host.trtllm.schedule.base_us": (150.0, "assumed: as vLLM V1, most of it in C++"),
+    "host.trtllm.schedule.per_sequence_us": (2.0, "assumed: as vLLM V1, most of it in C++"),
+    "host.trtllm.prepare.base_us": (350.0, "assumed: as vLLM V1"),
+    "host.trtllm.prepare.per_sequence_us": (2.0, "assumed: as vLLM V1"),
+    "host.trtllm.launch.base_us": (150.0, "assumed: replay of a captured graph"),
+    "host.trtllm.launch.per_sequence_us": (0.0, "assumed: replay of a captured graph"),
+    "host.trtllm.process.base_us": (150.0, "assumed: as vLLM V1"),
+    "host.trtllm.process.per_sequence_us": (2.0, "assumed: as vLLM V1"),
+    "host.trtllm.eager_launch.base_us": (0.0, "assumed: as vLLM"),
+    "host.trtllm.eager_launch.per_sequence_us": (10.0, "assumed: as vLLM"),
+    "host.sglang.schedule.base_us": (150.0, "assumed: as vLLM V1"),
+    "host.sglang.schedule.per_sequence_us": (2.0, "assumed: as vLLM V1"),
+    "host.sglang.prepare.base_us": (350.0, "assumed: as vLLM V1"),
+    "host.sglang.prepare.per_sequence_us": (2.0, "assumed: as vLLM V1"),
+    "host.sglang.launch.base_us": (150.0, "assumed: replay of a captured graph"),
+    "host.sglang.launch.per_sequence_us": (0.0, "assumed: replay of a captured graph"),
+    "host.sglang.process.base_us": (150.0, "assumed: as vLLM V1"),
+    "host.sglang.process.per_sequence_us": (2.0, "assumed: as vLLM V1"),
+    "host.sglang.eager_launch.base_us": (0.0, "assumed: as vLLM"),
+    "host.sglang.eager_launch.per_sequence_us": (10.0, "assumed: as vLLM"),
     "host.huggingface.launch.base_us": (0.0, "assumed: cost is per launch"),
     "host.huggingface.launch.per_sequence_us": (
         20.0, "assumed: batch = number of launches; the ~30 ms floor of an eager 7-8B model over about 1,500 launches "
@@ -215,7 +235,7 @@ def all_classes() -> dict[tuple[str, str], LogBias]:
     names += [("collective", f"{m} {s}") for m in ("graph", "eager") for s in ("<=1MiB", ">1MiB")]
     names += [("collective", s) for s in ("pcie", "all_gather")]
     return dict.fromkeys(
-        names + [("host", e) for e in ("vllm_v0", "vllm_v1", "huggingface", "eager_launch")], (0.0, 0.0, 0.0, 0.0)
+        names + [("host", e) for e in ("vllm_v0", "vllm_v1", "trtllm", "sglang", "huggingface", "eager_launch")], (0.0, 0.0, 0.0, 0.0)
     )
 
 
@@ -400,7 +420,8 @@ class Study:
         self.book.bias(
             "host", "vllm_v0", bias, f"fitted: sum of parts on all {len(single)} TP-1 rows (2 models, 2 hosts)"
         )
-        self.book.bias("host", "vllm_v1", normal_bias(0.5), "assumed: no step of this engine was timed on the host")
+        for engine in ("vllm_v1", "trtllm", "sglang"):
+            self.book.bias("host", engine, normal_bias(0.5), "assumed: no step of this engine was timed on the host")
         self.book.bias("host", "huggingface", (-1.4, -0.7, 0.25, 0.6),
                        "assumed: 5 us of bare PyTorch launch to 1.8 times the default")  # fmt: skip
 

@@ -46,7 +46,7 @@ class StepCosts(Prices):
         self.mixed_ps = 0
         self.prefill_ps = 0
         self.copy_ps = 0
-        self.captured_tokens = engine.captured_tokens
+        self.captured_tokens, self.mixes_attention = engine.captured_tokens, engine.mixes_attention
         self.has_prefill_policy = any(plan.prefill_ops(1, 0))
         self._side: Prices | None = None
 
@@ -96,13 +96,15 @@ class StepCosts(Prices):
             slots = state.action_slots()
             if slots is not None:
                 total += self._actions_ps(slots)
-            value = self.mixed_attention(chunks, table, reads)
-            self.mixed_ps += value
+            if self.mixes_attention:
+                value = self.mixed_attention(chunks, table, reads)
+                self.mixed_ps += value
+            else:
+                for i, curve in enumerate(table.attention):
+                    total += curve.charge(reads[i])
+                value = self._prefills_ps(chunks)
         else:
-            value = 0
-            for chunk in chunks:
-                value += self.prefill_attention[chunk]
-            self.prefill_ps += value
+            value = self._prefills_ps(chunks)
         total += value
         for ended in compressed:
             total += self.compression[ended].pay()
@@ -110,6 +112,13 @@ class StepCosts(Prices):
         step: int = (total if total > floor else floor) + before + after
         self.busy_ps += step
         return step
+
+    def _prefills_ps(self, chunks: Sequence[Chunk]) -> int:
+        value = 0
+        for chunk in chunks:
+            value += self.prefill_attention[chunk]
+        self.prefill_ps += value
+        return value
 
     def _others_ps(self, table: BatchTable, reads: Sequence[int]) -> int:
         total = 0

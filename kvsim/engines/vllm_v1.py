@@ -94,17 +94,21 @@ class VllmV1(Engine):
         )  # fmt: skip
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
-        return _V1Scheduler(self, pool, plan)
+        return V1Scheduler(pool, plan, self.max_num_seqs, self.max_num_batched_tokens, self.reserve_full_prompt)
 
 
 _NO_CHUNKS: list[tuple[Sequence, Chunk]] = []
 
 
-class _V1Scheduler(Scheduler):
-    def __init__(self, engine: VllmV1, pool: BlockPool, plan: CachePlan) -> None:
-        super().__init__(pool, plan, engine.max_num_seqs)
-        self.budget = engine.max_num_batched_tokens
-        self.reserve_full_prompt = engine.reserve_full_prompt
+class V1Scheduler(Scheduler):
+    """One budget of tokens a step, decodes first. chunked: whether a prompt may be split over steps."""
+
+    def __init__(
+        self, pool: BlockPool, plan: CachePlan, max_num_seqs: int, budget_tokens: int, reserve_full_prompt: bool,
+        chunked: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(pool, plan, max_num_seqs)
+        self.budget, self.reserve_full_prompt, self.chunked = budget_tokens, reserve_full_prompt, chunked
         self.partial: Sequence | None = None  # the one prefill that has not ended; always the last admitted
 
     def pick(self) -> Step | None:
@@ -159,7 +163,7 @@ class _V1Scheduler(Scheduler):
             if hit:
                 taken = pool.units_to_admit(sequence, units)
                 needed -= units - taken
-            if needed > free:
+            if not self.fits(sequence, needed, free) or (not self.chunked and chunk < whole - cached):
                 break
             if hit:
                 pool.admit(sequence)
@@ -168,6 +172,10 @@ class _V1Scheduler(Scheduler):
             free, budget = free - taken, budget - chunk
             self._schedule(sequence, chunk, units, chunks)
         return chunks
+
+    def fits(self, sequence: Sequence, needed_units: int, free_units: int) -> bool:
+        """Whether the queue's head is admitted."""
+        return needed_units <= free_units
 
     def _schedule(self, sequence: Sequence, chunk: int, units: int, chunks: list[tuple[Sequence, Chunk]]) -> None:
         """The next `chunk` tokens of a prefill, which then holds `units`."""

@@ -1,0 +1,119 @@
+"""TensorRT-LLM's in-flight batching (PyTorch flow): context and generation requests in one iteration, nothing is ever evicted.
+
+After its documentation ("Scheduler", "Overlap Scheduler") and `tensorrt_llm/_torch/pyexecutor`: the capacity scheduler admits a
+request only when all it may ever hold is free beside what was promised to others (GUARANTEED_NO_EVICT); the micro-batch scheduler
+takes generation requests first, then whole prompts while they fit max_num_tokens, or chunks of them. Context and generation
+attention are separate launches; iterations without prompts replay CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from kvsim.batch import Sequence
+from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
+from kvsim.engines.scheduler import Scheduler
+from kvsim.engines.vllm_memory import collective_line, forward_bytes
+from kvsim.engines.vllm_v1 import V1Scheduler
+from kvsim.model import Model
+from kvsim.ops import HostWork
+from kvsim.policies.compose import CachePlan
+from kvsim.pool import BlockPool
+from kvsim.requests import Request
+from kvsim.units import GIB
+
+_LOGIT_BYTES = 10
+"""bf16 logits, an fp32 copy and probabilities of the sampler (TorchSampler)."""
+_NON_TORCH_BYTES = int(0.5 * GIB)
+"""cuBLAS and MPI workspaces, loaded kernels; assumed."""
+_GRAPH_BYTES = int(0.5 * GIB)
+"""Captured generation graphs; assumed, as for vLLM."""
+
+
+class TensorRtLlm(Engine):
+    """TensorRT-LLM with its PyTorch flow and in-flight batching."""
+
+    kind: Literal["trtllm"] = "trtllm"
+    max_batch_size: int = Field(2048, gt=0, description="most requests in an iteration")
+    max_num_tokens: int = Field(8192, gt=0, description="most tokens computed in an iteration, prompts and generation")
+    tokens_per_block: int = Field(32, gt=0, description="tokens of a KV block")
+    num_gpu_blocks: int | None = Field(None, gt=0, description="the engine's own number of blocks, in place of the ledger's")
+    chunked_context: bool = Field(False, description="enable_chunked_prefill: prompts may be split over iterations")
+    capacity_policy: Literal["guaranteed_no_evict", "max_utilization"] = Field(
+        "guaranteed_no_evict",
+        description="admit what can run to its end, or whatever fits now and preempt (recompute) when it no longer does",
+    )
+    overlap_scheduler: bool = Field(True, description="the host prepares an iteration while the device runs the one before")
+
+    # cuda_graph_config with padding: powers of two, then steps of 8 up to max_batch_size (128 by default).
+    capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 129, 8))
+    mixes_attention: ClassVar[bool] = False
+    kernels: ClassVar[str] = "trtllm"
+
+    @model_validator(mode="after")
+    def _prompts_fit(self) -> TensorRtLlm:
+        if self.max_model_len and not self.chunked_context and self.max_model_len > self.max_num_tokens:
+            raise ValueError(
+                f"max_num_tokens={self.max_num_tokens} must be at least max_model_len={self.max_model_len} without "
+                "chunked_context; raise it or set chunked_context: true"
+            )
+        return self
+
+    @property
+    def block_tokens(self) -> int:
+        return self.tokens_per_block
+
+    def host_ops(self, batch: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
+        work = [HostWork("trtllm", part, batch) for part in ("schedule", "prepare", "launch", "process")]
+        if num_launches:
+            work.append(HostWork("trtllm", "eager_launch", num_launches))
+        if self.overlap_scheduler:
+            return (), tuple(work), ()
+        return tuple(work[:2]), (work[2], *work[4:]), (work[3],)
+
+    def memory_lines(self, model: Model, tp: int, weight_dtype: str) -> tuple[MemoryLine, ...]:
+        tokens = self.max_num_tokens
+        logits = min(self.max_batch_size, tokens) * model.vocab_size * _LOGIT_BYTES
+        return (
+            MemoryLine(ACTIVATIONS, forward_bytes(model, tp, tokens) + logits, f"profile run at {tokens} tokens"),
+            MemoryLine("non-torch memory", _NON_TORCH_BYTES, "assumed"),
+            *collective_line(tp),
+            MemoryLine("CUDA graphs", 0 if self.enforce_eager else _GRAPH_BYTES, "assumed; outside the utilization", True),
+        )
+
+    def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
+        if self.capacity_policy == "max_utilization":
+            return V1Scheduler(pool, plan, self.max_batch_size, self.max_num_tokens, False, self.chunked_context)
+        return _NoEvictScheduler(self, pool, plan)
+
+
+class _NoEvictScheduler(V1Scheduler):
+    """Admits a request only when what it may hold until its end is not promised to others."""
+
+    def __init__(self, engine: TensorRtLlm, pool: BlockPool, plan: CachePlan) -> None:
+        super().__init__(pool, plan, engine.max_batch_size, engine.max_num_tokens, False, engine.chunked_context)
+        self.promised_units = 0
+        self._peaks: dict[tuple[int, int], int] = {}
+
+    def fits(self, sequence: Sequence, needed_units: int, free_units: int) -> bool:
+        """Generation lengths are known to the engine as max_tokens, and here they are exactly that."""
+        return self.promised_units + self._peak(sequence.request) <= self.pool.capacity_units and needed_units <= free_units
+
+    def _peak(self, request: Request) -> int:
+        key = (request.prompt_tokens, request.output_tokens)
+        found = self._peaks.get(key)
+        if found is None:
+            found = self._peaks[key] = self.plan.peak_units(*key)
+        return found
+
+    def admit(self, sequence: Sequence, cached_tokens: int) -> None:
+        super().admit(sequence, cached_tokens)
+        self.promised_units += self._peak(sequence.request)
+
+    def finish(self, sequence: Sequence) -> None:
+        super().finish(sequence)
+        self.promised_units -= self._peak(sequence.request)
+
+
