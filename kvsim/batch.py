@@ -62,7 +62,7 @@ class Sequence:
         self.finish_step = 0
         self.decode_steps = 0  # decode steps done when it was swapped out
         # Its leading blocks as the prefix cache knows them: by key, or None for a copy that cannot be found.
-        self.shared_blocks: list[int | None] = []
+        self.shared_blocks: list[int | tuple[int, int] | None] = []
 
 
 class DecodeBatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from itertools import count
+from itertools import chain, count
 
 from kvsim.batch import Sequence
 
@@ -49,6 +49,10 @@ class BlockPool:
     def computed(self, sequence: Sequence) -> None:
         """The sequence's prompt has been computed up to `computed_tokens`."""
 
+    def preempt(self, sequence: Sequence, units: int, computed_tokens: int) -> None:
+        """As `release`, by a sequence that will come back, with so many tokens in its cache."""
+        self.release(sequence, units)
+
     def release(self, sequence: Sequence, units: int) -> None:
         """The sequence gives back all it holds, `units` in all."""
         self.free_units += units  # as `give`, once for every request
@@ -56,13 +60,18 @@ class BlockPool:
         assert self.free_units <= self.capacity_units, "freed more than was allocated"
 
 
+Key = int | tuple[int, int]
+"""A known block: by its prefix hash, or, as part of one request alone, by (request, block)."""
+
+
 class PrefixPool(BlockPool):
     """Blocks are reference-counted; those that nobody uses stay findable until their turn to be reused comes.
 
     As in vLLM v1: free blocks wait in one queue, least recently freed first, whether they hold a known prefix or not; a
-    sequence frees its last block first. A hit covers whole blocks, never the last prompt token, and only what had been
+    sequence frees its last block first. A hit covers whole blocks, never the last token to compute, and only what had been
     computed by the end of an earlier step. Where two sequences compute the same block at once, one copy is findable.
-    One unit is one block.
+    What a preempted sequence had computed beyond its hashed prompt only it can ask for again, so that is noted when it leaves.
+    One unit is one block. hash_block_tokens 0: the traffic has no hashes.
     """
 
     shares = True
@@ -71,10 +80,18 @@ class PrefixPool(BlockPool):
         super().__init__(capacity_units)
         self.block_size = block_size_tokens
         self.blocks_per_hash = hash_block_tokens // block_size_tokens
-        self._refs: dict[int, int] = {}  # known blocks in use, by key
+        self._refs: dict[Key, int] = {}  # known blocks in use
         # Free blocks in order of reuse: a known block by its key, or, under a key of its own, a number of others.
-        self._queue: OrderedDict[int | tuple[str, int], int] = OrderedDict({("others", 0): capacity_units})
+        self._queue: OrderedDict[Key | tuple[str, int], int] = OrderedDict({("others", 0): capacity_units})
         self._ids = count(1)
+
+    @classmethod
+    def taking_over(cls, pool: BlockPool, block_size_tokens: int) -> PrefixPool:
+        """A pool in the state of one that has not watched its blocks: nothing in it is known."""
+        new = cls(pool.capacity_units, block_size_tokens, 0)
+        new.free_units, new.allocated, new.released = pool.free_units, pool.allocated, pool.released
+        new._queue = OrderedDict({("others", 0): pool.free_units} if pool.free_units else {})
+        return new
 
     def take(self, units: int) -> None:
         super().take(units)
@@ -99,14 +116,23 @@ class PrefixPool(BlockPool):
             value, part = divmod(block, per_hash)
             yield hashes[value] * per_hash + part
 
-    def _hits(self, sequence: Sequence) -> list[int]:
-        last = min(sequence.prefill_tokens - 1, sequence.request.prompt_tokens) // self.block_size
-        hits = []
-        for key in self._keys(sequence, 0, last):
+    def _hits(self, sequence: Sequence) -> list[Key]:
+        last = (sequence.prefill_tokens - 1) // self.block_size
+        hashed = min(last, sequence.request.prompt_tokens // self.block_size)
+        hits: list[Key] = []
+        for key in chain(self._keys(sequence, 0, hashed), self._own_keys(sequence, last)):
             if key not in self._refs and key not in self._queue:
                 break
             hits.append(key)
         return hits
+
+    def _own_keys(self, sequence: Sequence, stop: int) -> Iterator[Key]:
+        """Keys of the blocks after those with hashes; without a preemption there are none to be found."""
+        if sequence.num_preemptions:
+            request = sequence.request
+            hashed = min(self.blocks_per_hash * len(request.prefix_hashes), request.prompt_tokens // self.block_size)
+            for block in range(hashed, stop):
+                yield request.index, block
 
     def match(self, sequence: Sequence) -> int:
         return len(self._hits(sequence)) * self.block_size
@@ -137,6 +163,21 @@ class PrefixPool(BlockPool):
 
     def release(self, sequence: Sequence, units: int) -> None:
         self.give(units - len(sequence.shared_blocks))
+        self._release_shared(sequence)
+
+    def preempt(self, sequence: Sequence, units: int, computed_tokens: int) -> None:
+        shared = len(sequence.shared_blocks)
+        own = [(sequence.request.index, block) for block in range(shared, computed_tokens // self.block_size)]
+        self.give(units - shared - len(own))
+        for key in reversed(own):
+            if key in self._queue:  # an older copy of the same block: one of the two is findable
+                self.give(1)
+            else:
+                self._queue[key] = 1
+                super().give(1)
+        self._release_shared(sequence)
+
+    def _release_shared(self, sequence: Sequence) -> None:
         for key in reversed(sequence.shared_blocks):
             if key is None:
                 self.give(1)

@@ -16,7 +16,7 @@ Rules that are conventions rather than physics:
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -267,13 +267,15 @@ class RefPrefixPool(RefPool):
 
     def __init__(self, capacity: int, block_size: int, hash_block_tokens: int) -> None:
         super().__init__(capacity)
-        self.block_size, self.per_hash = block_size, hash_block_tokens // block_size
-        self.all = [RefBlock(number) for number in range(capacity)]
-        self.queue = list(self.all)
+        self.block_size, self.per_hash = block_size, max(1, hash_block_tokens // block_size)
+        self.queue = deque(RefBlock(number) for number in range(capacity))
+        self.known: dict[tuple[int, int], RefBlock] = {}
 
     def resize(self, seq: RefSequence, units: int) -> None:
         while len(seq.blocks) < units:
-            block = self.queue.pop(0)
+            block = self.queue.popleft()
+            if block.key is not None:
+                del self.known[block.key]
             block.key, block.users = None, 1
             seq.blocks.append(block)
         while len(seq.blocks) > units:  # a sequence frees its last block first
@@ -289,12 +291,13 @@ class RefPrefixPool(RefPool):
             seq.offered = 0
 
     def _find(self, key: tuple[int, int]) -> RefBlock | None:
-        return next((block for block in self.all if block.key == key), None)
+        return self.known.get(key)
 
     def _key(self, seq: RefSequence, block: int) -> tuple[int, int] | None:
         value, part = divmod(block, self.per_hash)
-        hashes = seq.request.prefix_hashes
-        return (hashes[value], part) if value < len(hashes) else None
+        hashes, end = seq.request.prefix_hashes, (block + 1) * self.block_size
+        hashed = value < len(hashes) and end <= seq.request.prompt_tokens
+        return (hashes[value], part) if hashed else (-1 - seq.request.index, block)  # what only this request contains
 
     def hits(self, seq: RefSequence) -> list[RefBlock]:
         """Leading whole prompt blocks that are known; one token at least is left to compute."""
@@ -303,7 +306,7 @@ class RefPrefixPool(RefPool):
             end = (len(found) + 1) * self.block_size
             key = self._key(seq, len(found))
             block = self._find(key) if key is not None else None
-            if block is None or end > seq.request.prompt_tokens or end > seq.prefill_tokens - 1:
+            if block is None or end > seq.prefill_tokens - 1:
                 return found
             found.append(block)
 
@@ -317,11 +320,19 @@ class RefPrefixPool(RefPool):
         self._count(seq)
 
     def computed(self, seq: RefSequence) -> None:
-        while (seq.offered + 1) * self.block_size <= min(seq.computed_tokens, seq.request.prompt_tokens):
+        while (seq.offered + 1) * self.block_size <= seq.computed_tokens:
             key = self._key(seq, seq.offered)
             if key is not None and self._find(key) is None:
                 seq.blocks[seq.offered].key = key
+                self.known[key] = seq.blocks[seq.offered]
             seq.offered += 1
+
+
+def reference_pool(engine: Any, plan: CachePlan, capacity: int, source: RequestSource) -> RefPool:
+    """A prefix cache where the engine keeps one: without hashes it knows blocks of preempted sequences alone."""
+    if getattr(engine, "enable_prefix_caching", False) and plan.composition.blocks_shareable and plan.prefill_units_per_block == 1:
+        return RefPrefixPool(capacity, engine.block_tokens, source.hash_block_tokens)
+    return RefPool(capacity)
 
 
 # -- schedulers ---------------------------------------------------------------------------------------------------------
@@ -362,6 +373,9 @@ class RefScheduler:
     def preempt(self) -> RefSequence:
         """Whoever was admitted last loses its cache, and will compute its prompt and what it has generated anew."""
         seq = self.running.pop()
+        if seq.decoding:  # all but its newest token have been computed
+            seq.computed_tokens = seq.prompt_tokens + seq.generated - 1
+        self.pool.computed(seq)
         self.pool.resize(seq, 0)
         seq.decoding, seq.in_sawtooth, seq.steps, seq.computed_tokens = False, False, 0, 0
         seq.prefill_tokens = seq.prompt_tokens + seq.generated
@@ -761,9 +775,7 @@ def check_against_reference(scenario: Scenario, policy_name: str, result: Policy
         result = run_policy(scenario, deployment, policy_name, plan)
     engine, source = deployment.engine, build_source(scenario.workload, scenario.base_dir)
     capacity, size = result.pool_units, engine.block_tokens
-    pool = RefPool(capacity)
-    if source.hash_block_tokens and getattr(engine, "enable_prefix_caching", False) and plan.composition.blocks_shareable:
-        pool = RefPrefixPool(capacity, size, source.hash_block_tokens)
+    pool = reference_pool(engine, plan, capacity, source)
     pool_slots = capacity // plan.prefill_units_per_block * size * plan.shape.num_pairs
 
     def costs(hbm_share: float = 1.0) -> StepCosts:

@@ -20,12 +20,11 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from reference import (
     RefCache,
-    RefPool,
-    RefPrefixPool,
     RefSequence,
     check_against_reference,
     differences,
     expand,
+    reference_pool,
     simulate_reference,
 )
 
@@ -215,9 +214,7 @@ class Case:
     def check(self) -> None:
         source, capacity = self.source(), self.pool_units
         assert capacity is not None
-        pool = RefPool(capacity)
-        if self._shares(source):
-            pool = RefPrefixPool(capacity, self.engine.block_tokens, source.hash_block_tokens)
+        pool = reference_pool(self.engine, self.plan, capacity, source)
         log = self.fast()
         truth = simulate_reference(self.engine, self.plan, pool, source, self.costs(), self.contended())
         found = differences(log, truth)

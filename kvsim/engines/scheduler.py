@@ -96,7 +96,11 @@ class Scheduler:
         """The sequence admitted last loses its cache and goes back to the queue's head, to be recomputed."""
         sequence = next(reversed(self.running))
         del self.running[sequence]
-        self.pool.release(sequence, self._leave(sequence))
+        decoding = sequence in self.batch.members
+        held = self._leave(sequence)
+        # In decode everything but the newest token has been computed.
+        computed = sequence.prompt_tokens + sequence.generated - 1 if decoding else sequence.computed_tokens
+        self.pool.preempt(sequence, held, computed)
         sequence.held_units = 0
         sequence.computed_tokens = 0
         sequence.prefill_tokens = sequence.prompt_tokens + sequence.generated

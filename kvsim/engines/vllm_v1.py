@@ -18,7 +18,7 @@ from kvsim.engines.vllm_memory import collective_line, forward_bytes
 from kvsim.model import Model
 from kvsim.ops import HostWork
 from kvsim.policies.compose import CachePlan
-from kvsim.pool import BlockPool
+from kvsim.pool import BlockPool, PrefixPool
 from kvsim.units import GIB
 
 _SAMPLER_BYTES_PER_LOGIT = 26
@@ -94,31 +94,41 @@ class VllmV1(Engine):
         )  # fmt: skip
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
-        return V1Scheduler(pool, plan, self.max_num_seqs, self.max_num_batched_tokens, self.reserve_full_prompt)
+        recalls = self.enable_prefix_caching and plan.composition.blocks_shareable and plan.prefill_units_per_block == 1
+        return V1Scheduler(
+            pool, plan, self.max_num_seqs, self.max_num_batched_tokens, self.reserve_full_prompt,
+            recall_block_tokens=self.block_size_tokens if recalls else 0,
+        )  # fmt: skip
 
 
 _NO_CHUNKS: list[tuple[Sequence, Chunk]] = []
 
 
 class V1Scheduler(Scheduler):
-    """One budget of tokens a step, decodes first. chunked: whether a prompt may be split over steps."""
+    """One budget of tokens a step, decodes first.
+
+    chunked: whether a prompt may be split over steps. recall_block_tokens: block size of a prefix cache in which a preempted
+    sequence finds again what has not been overwritten; 0 without one.
+    """
 
     def __init__(
         self, pool: BlockPool, plan: CachePlan, max_num_seqs: int, budget_tokens: int, reserve_full_prompt: bool,
-        chunked: bool = True,
+        chunked: bool = True, recall_block_tokens: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(pool, plan, max_num_seqs)
         self.budget, self.reserve_full_prompt, self.chunked = budget_tokens, reserve_full_prompt, chunked
+        self.recall_block_tokens = recall_block_tokens
         self.partial: Sequence | None = None  # the one prefill that has not ended; always the last admitted
 
     def pick(self) -> Step | None:
-        batch, pool = self.batch, self.pool
+        batch = self.batch
         before = self.num_preemptions
         growth = batch.next_units()
-        while growth > pool.free_units:
+        while growth > self.pool.free_units:
             if self.preempt_last() is self.partial:
                 self.partial = None
             growth = batch.next_units()
+        pool = self.pool
         open_to_arrivals = False
         if self.partial is not None or self.waiting:
             if growth:  # decodes take their blocks, known or not, before the queue looks for hits
@@ -149,7 +159,7 @@ class V1Scheduler(Scheduler):
             else:
                 free, budget = free - units, budget - chunk
                 self._schedule(partial, chunk, partial.held_units + units, chunks)
-        waiting, pool = self.waiting, self.pool
+        waiting, pool = self.waiting, self.pool  # which a preemption may have exchanged
         while waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
             sequence = waiting[0]
             whole, hit = sequence.prefill_tokens, 0
@@ -172,6 +182,12 @@ class V1Scheduler(Scheduler):
             free, budget = free - taken, budget - chunk
             self._schedule(sequence, chunk, units, chunks)
         return chunks
+
+    def preempt_last(self) -> Sequence:
+        """From the first preemption on it matters what free blocks hold: then hardly any is free whose past was not watched."""
+        if self.recall_block_tokens and not self.pool.shares:
+            self.pool = PrefixPool.taking_over(self.pool, self.recall_block_tokens)
+        return super().preempt_last()
 
     def fits(self, sequence: Sequence, needed_units: int, free_units: int) -> bool:
         """Whether the queue's head is admitted."""
