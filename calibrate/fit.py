@@ -177,11 +177,20 @@ def term_specs(kind: str, places: np.ndarray) -> list[TermSpec]:
     for axes, smooth in SMOOTH[kind]:
         where = tuple(names.index(axis) for axis in axes)
         coarse = bool(specs) and kind == Gemm.kind
-        knots = [TAIL_KNOTS if names[which].startswith("tail") else _knots(places[:, which], coarse) for which in where]
+        knots = [_axis_knots(names[which], places[:, which], coarse) for which in where]
         if specs and len(knots[0]) == 1:  # a later term is there for its first axis
             continue
         specs.append(TermSpec(where, tuple(knots), smooth))
     return specs
+
+
+def _axis_knots(name: str, values: np.ndarray, coarse: bool) -> np.ndarray:
+    if name.startswith("tail"):
+        return TAIL_KNOTS
+    if name == "kv_heads":  # beyond 8 it no longer matters how lanes split into sequences and heads
+        found = np.unique(np.round(values, 4))
+        return np.unique([*found[found <= 3.0], *found[-1:]])
+    return _knots(values, coarse)
 
 
 def _knots(values: np.ndarray, coarse: bool) -> np.ndarray:

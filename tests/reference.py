@@ -448,6 +448,119 @@ class RefV1(RefScheduler):
         return self.schedule() if preempted else None
 
 
+class RefTrtLlm(RefV1):
+    """In-flight batching that admits only what can run to its end; with max_utilization, vLLM's way without a prefix cache."""
+
+    def schedule(self) -> RefStep | None:
+        engine, pool, cache = self.engine, self.pool, self.cache
+        no_evict = engine.capacity_policy == "guaranteed_no_evict"
+        budget, preempted = engine.max_num_tokens, False
+        chunks: list[tuple[RefSequence, Chunk]] = []
+        decoding: list[RefSequence] = []
+        place = 0
+        while place < len(self.running) and budget:
+            seq = self.running[place]
+            chunk = 1 if seq.decoding else min(budget, seq.prefill_tokens - seq.computed_tokens)
+            units = cache.units_in_step(seq) if seq.decoding else cache.prefill_units(seq.computed_tokens + chunk)
+            while seq in self.running and units - seq.held > pool.free:
+                assert not no_evict
+                self.preempt()
+                preempted = True
+            if seq not in self.running:
+                break
+            pool.resize(seq, units)
+            if seq.decoding:
+                decoding.append(seq)
+            else:
+                chunks.append((seq, Chunk(chunk, seq.computed_tokens)))
+            budget -= chunk
+            place += 1
+        while self.waiting and budget and not preempted and len(self.running) < engine.max_batch_size:
+            seq = self.waiting[0]
+            cached = min(seq.request.cached_prompt_tokens, seq.prefill_tokens - 1)
+            chunk = min(budget, seq.prefill_tokens - cached)
+            if not engine.chunked_context and chunk < seq.prefill_tokens - cached:
+                break
+            promised = sum(cache.peak_units(s.request.prompt_tokens, s.request.output_tokens) for s in [*self.running, seq])
+            if (no_evict and promised > pool.capacity) or cache.prefill_units(cached + chunk) > pool.free:
+                break
+            self.admit(seq, cached, [])
+            pool.resize(seq, cache.prefill_units(cached + chunk))
+            chunks.append((seq, Chunk(chunk, cached)))
+            budget -= chunk
+        self.note_peak()
+        if chunks or decoding:
+            return RefStep(chunks, decoding)
+        return self.schedule() if preempted else None
+
+
+class RefSgLang(RefScheduler):
+    """Prefills first, beside an estimate of what is still to come."""
+
+    def __init__(self, engine: Any, pool: RefPool, cache: RefCache, model: Any) -> None:
+        super().__init__(engine, pool, cache, model)
+        self.steps, self.ratio, self.ratio_step, self.changed = 0, 0.7, 0, False
+
+    def arrive(self, request: Request) -> None:
+        self.changed |= not self.waiting
+        super().arrive(request)
+
+    def finish(self, seq: RefSequence) -> None:
+        super().finish(seq)
+        self.changed = True
+
+    def schedule(self) -> RefStep | None:
+        decoding = [seq for seq in self.running if seq.decoding]
+        if self.changed or len(decoding) < len(self.running) or not decoding or self.steps % 8 == 0:
+            chunks = self._prefills()
+            self.changed = bool(chunks)
+            if chunks:
+                return RefStep(chunks, [])
+        retracted = False
+        while len(decoding) > 1 and sum(self.cache.units_in_step(seq) - seq.held for seq in decoding) > self.pool.free:
+            self.preempt()
+            decoding.pop()
+            retracted = True
+        if retracted:
+            done = sum(seq.generated + 20 for seq in decoding)
+            self.ratio, self.ratio_step = min(1.0, done / sum(seq.output_tokens for seq in decoding)), self.steps
+        if not decoding:
+            return None
+        for seq in decoding:
+            self.pool.resize(seq, self.cache.units_in_step(seq))
+        self.note_peak()
+        self.steps += 1
+        return RefStep([], decoding)
+
+    def _prefills(self) -> list[tuple[RefSequence, Chunk]]:
+        engine, units_of = self.engine, self.cache.prefill_units
+        budget, ratio = engine.chunked_prefill_size_tokens, max(0.098, self.ratio - (self.steps - self.ratio_step) * (0.7 - 0.098) / 600)
+        chunks: list[tuple[RefSequence, Chunk]] = []
+        for seq in self.running:
+            if not seq.decoding:
+                chunk = min(budget, seq.prefill_tokens - seq.computed_tokens)
+                chunks.append((seq, Chunk(chunk, seq.computed_tokens)))
+                budget -= chunk
+                if seq.computed_tokens + chunk < seq.prefill_tokens:
+                    return chunks
+        while self.waiting and budget and len(self.running) < engine.max_running_requests:
+            seq = self.waiting[0]
+            cached = min(seq.request.cached_prompt_tokens, seq.prefill_tokens - 1)
+            kept = sum(units_of(int(min(s.output_tokens - s.generated, 4096) * ratio)) for s in self.running)
+            still = min(seq.output_tokens - seq.generated, 4096)
+            if self.running and units_of(seq.prefill_tokens + still) > self.pool.free - kept:
+                break
+            chunk = min(budget, seq.prefill_tokens - cached)
+            self.admit(seq, cached, [])
+            self.pool.resize(seq, units_of(seq.prefill_tokens))
+            self.note_peak()
+            chunks.append((seq, Chunk(chunk, cached)))
+            budget -= chunk
+            if cached + chunk < seq.prefill_tokens:
+                break
+        return chunks
+
+
 class RefV0(RefScheduler):
     def __init__(self, engine: Any, pool: RefPool, cache: RefCache, model: Any) -> None:
         super().__init__(engine, pool, cache, model)
@@ -568,7 +681,9 @@ class RefStatic(RefScheduler):
         return len(members) * self.engine.num_beams * self.cache.peak_units(prompt, output)
 
 
-SCHEDULERS = {"vllm_v1": RefV1, "vllm_v0": RefV0, "huggingface": RefStatic}
+SCHEDULERS = {
+    "vllm_v1": RefV1, "vllm_v0": RefV0, "trtllm": RefTrtLlm, "sglang": RefSgLang, "huggingface": RefStatic,
+}  # fmt: skip
 
 
 # -- the loop -----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ from kvsim.cost import StepCosts
 from kvsim.datasheet import DatasheetProfile
 from kvsim.engines.base import Engine
 from kvsim.engines.huggingface import HuggingFace
+from kvsim.engines.sglang import SgLang
+from kvsim.engines.trtllm import TensorRtLlm
 from kvsim.engines.vllm_v0 import VllmV0
 from kvsim.engines.vllm_v1 import VllmV1
 from kvsim.errors import DoesNotFitError
@@ -308,7 +310,7 @@ def policies_of(draw: st.DrawFn, kinds: tuple[str, ...]) -> tuple[Policy, ...]:
 
 @st.composite
 def engines(draw: st.DrawFn) -> Engine:
-    which = draw(st.sampled_from(["v1", "v1", "v0", "v0", "huggingface"]), "engine")
+    which = draw(st.sampled_from(["v1", "v1", "v0", "trtllm", "sglang", "huggingface"]), "engine")
     common: dict[str, Any] = {"enforce_eager": draw(st.booleans()), "per_head_kv": True}
     if draw(st.booleans()):
         common |= {"policy_stream": "side", "side_stream_hbm_frac": draw(st.sampled_from([0.2, 0.5, 0.9]))}
@@ -322,8 +324,20 @@ def engines(draw: st.DrawFn) -> Engine:
             preemption=draw(st.sampled_from(["recompute", "swap"])),
             swap_space_gib=draw(st.sampled_from([0.0, 2.0**-16, 2.0**-12, 4.0])), **common,
         )  # fmt: skip
+    if which == "trtllm":
+        return TensorRtLlm(
+            max_batch_size=seqs, max_num_tokens=draw(st.sampled_from([150, 300, 2000])), tokens_per_block=size,
+            chunked_context=draw(st.booleans()), overlap_scheduler=draw(st.booleans()),
+            capacity_policy=draw(st.sampled_from(["guaranteed_no_evict", "max_utilization"])), **common,
+        )  # fmt: skip
+    if which == "sglang":
+        return SgLang(
+            max_running_requests=seqs, chunked_prefill_size_tokens=draw(st.sampled_from([7, 100, 2000])),
+            page_size_tokens=size, overlap_schedule=draw(st.booleans()), **common,
+        )  # fmt: skip
     return VllmV1(
-        max_num_seqs=seqs, max_num_batched_tokens=seqs + draw(st.sampled_from([0, 1, 5, 20, 2000])),
+        max_num_seqs=seqs, async_scheduling=draw(st.booleans()), enable_prefix_caching=draw(st.booleans()),
+        max_num_batched_tokens=seqs + draw(st.sampled_from([0, 1, 5, 20, 2000])),
         block_size_tokens=size, reserve_full_prompt=draw(st.booleans()), **common,
     )  # fmt: skip
 

@@ -4,6 +4,9 @@ After `python/sglang/srt/managers/scheduler.py` and `schedule_policy.py`: while 
 up to chunked_prefill_size tokens and decodes stall (no mixed chunks by default); a prompt that does not fit whole goes on in the next
 prefill. A request fits when the pool covers it beside new_token_ratio of what the running ones may still generate; the ratio decays
 with every decode step, and jumps when the pool runs dry and requests are retracted (recomputed later).
+
+Simplified: requests are retracted last admitted first (SGLang: fewest generated tokens first), and a queue that did not fit is
+looked at again when a request finishes or every 8 decode steps (SGLang: every step).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from kvsim.model import Model
 from kvsim.ops import HostWork
 from kvsim.policies.compose import CachePlan
 from kvsim.pool import BlockPool
+from kvsim.requests import Request
 from kvsim.units import GIB
 
 _LOGIT_BYTES = 10
@@ -80,29 +84,42 @@ class _SgLangScheduler(Scheduler):
         super().__init__(pool, plan, engine.max_running_requests)
         self.chunk_tokens = engine.chunked_prefill_size_tokens
         self.partial: Sequence | None = None  # the one prompt that goes on in the next prefill batch
-        self.ratio, self.ratio_step = _INITIAL_RATIO, 0
+        self._ratio, self._ratio_step = _INITIAL_RATIO, 0  # of the last retraction
+        self._look = False  # something has changed for the queue
+
+    @property
+    def ratio(self) -> float:
+        """Of what running requests may still generate, the part that is kept free."""
+        steps = self.batch.step - self._ratio_step
+        return max(_LEAST_RATIO, self._ratio - steps * (_INITIAL_RATIO - _LEAST_RATIO) / _DECAY_STEPS)
+
+    def arrive(self, request: Request) -> None:
+        self._look = self._look or not self.waiting
+        super().arrive(request)
+
+    def finish(self, sequence: Sequence) -> None:
+        super().finish(sequence)
+        self._look = True
 
     def pick(self) -> Step | None:
-        self._decay()
-        chunks = self._prefill()
-        if chunks:
-            return Step(chunks, False, 1, True)
-        batch, before = self.batch, self.num_preemptions
+        batch = self.batch
+        if self._look or self.partial is not None or not batch.size or batch.step % _RETRY_STEPS == 0:
+            self._look = False
+            chunks = self._prefill()
+            if chunks:
+                self._look = True
+                return Step(chunks, False, 1, True)
+        before = self.num_preemptions
         while batch.size > 1 and batch.next_units() > self.pool.free_units:
             self.preempt_last()
         if self.num_preemptions > before:
-            self.ratio, self.ratio_step = min(1.0, self._estimated_ratio()), batch.step
+            self._ratio, self._ratio_step = min(1.0, self._estimated_ratio()), batch.step
         if not batch.size:
             return None
-        retry = bool(self.waiting) and len(self.running) < self.max_num_seqs
-        # A waiting request may fit when the ratio has decayed: it is looked at again after some steps, as often as one may finish.
-        horizon = min(self.decode_horizon(), _RETRY_STEPS) if retry else self.decode_horizon()
-        return Step([], True, horizon, not self.waiting and len(self.running) < self.max_num_seqs)
-
-    def _decay(self) -> None:
-        steps = self.batch.step - self.ratio_step
-        self.ratio = max(_LEAST_RATIO, self.ratio - steps * (_INITIAL_RATIO - _LEAST_RATIO) / _DECAY_STEPS)
-        self.ratio_step = self.batch.step
+        horizon, room = self.decode_horizon(), len(self.running) < self.max_num_seqs
+        if self.waiting and room:
+            horizon = min(horizon, _RETRY_STEPS - batch.step % _RETRY_STEPS)
+        return Step([], True, horizon, not self.waiting and room)
 
     def _estimated_ratio(self) -> float:
         """After a retraction: what the running requests have generated, and 20 steps more, over what they may generate."""
@@ -113,42 +130,40 @@ class _SgLangScheduler(Scheduler):
         decoding = sequence in self.batch.members
         return sequence.generated + (self.batch.step - sequence.join_step if decoding else 0)
 
-    def _reserved_units(self) -> int:
-        """What the running requests are thought to need still."""
-        still = sum(min(s.output_tokens - self._generated(s), _CLIP_TOKENS) * self.ratio for s in self.running)
-        return self.plan.prefill_units(int(still)) if still else 0
+    def _still_tokens(self, sequence: Sequence) -> int:
+        """What a request may still generate, as the engine reckons."""
+        return min(sequence.output_tokens - self._generated(sequence), _CLIP_TOKENS)
 
     def _prefill(self) -> list[tuple[Sequence, Chunk]]:
         chunks: list[tuple[Sequence, Chunk]] = []
-        budget = self.chunk_tokens
-        partial = self.partial
-        if partial is None and not self.waiting:
-            return chunks
+        budget, partial, pool, units_of = self.chunk_tokens, self.partial, self.pool, self.plan.prefill_units
         if partial is not None:
             chunk = min(budget, partial.prefill_tokens - partial.computed_tokens)
-            self.reserve(partial, partial.computed_tokens + chunk)
             chunks.append((partial, Chunk(chunk, partial.computed_tokens)))
             budget -= chunk
-            self.partial = partial if partial.computed_tokens + chunk < partial.prefill_tokens else None
-        reserved = self._reserved_units() if self.waiting else 0
+            if partial.computed_tokens + chunk == partial.prefill_tokens:
+                self.partial = None
+        if not self.waiting:
+            return chunks
+        ratio = self.ratio
+        reserved = sum(units_of(int(self._still_tokens(sequence) * ratio)) for sequence in self.running)
         while self.waiting and budget and self.partial is None and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             cached = min(sequence.request.cached_prompt_tokens, sequence.prefill_tokens - 1)
-            expected = min(sequence.output_tokens - sequence.generated, _CLIP_TOKENS)
-            whole = self.plan.prefill_units(sequence.prefill_tokens)
-            if self.plan.prefill_units(sequence.prefill_tokens + expected) > self.pool.free_units - reserved and (
-                self.running or whole > self.pool.free_units  # an idle engine takes what fits at all
-            ):
+            still = self._still_tokens(sequence)
+            # An idle engine takes what fits at all.
+            if self.running and units_of(sequence.prefill_tokens + still) > pool.free_units - reserved:
                 break
             chunk = min(budget, sequence.prefill_tokens - cached)
             self.admit(sequence, cached)
-            self.reserve(sequence, sequence.prefill_tokens)  # pages of the whole prompt, so that the next chunk has them
-            reserved += self.plan.prefill_units(int(expected * self.ratio))
+            self.reserve(sequence, sequence.prefill_tokens)  # pages of the whole prompt, so that its next chunk has them
+            reserved += units_of(int(still * ratio))
             budget -= chunk
             chunks.append((sequence, Chunk(chunk, cached)))
-            self.partial = sequence if cached + chunk < sequence.prefill_tokens else None
+            if cached + chunk < sequence.prefill_tokens:
+                self.partial = sequence
         return chunks
 
 
 _RETRY_STEPS = 8
-"""Decode steps after which waiting requests are looked at again; the engine does so at every step, which a run of steps cannot."""
+"""Decode steps after which a queue that did not fit is looked at again."""

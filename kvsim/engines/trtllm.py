@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from kvsim.batch import Sequence
 from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
@@ -51,15 +51,6 @@ class TensorRtLlm(Engine):
     capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 129, 8))
     mixes_attention: ClassVar[bool] = False
     kernels: ClassVar[str] = "trtllm"
-
-    @model_validator(mode="after")
-    def _prompts_fit(self) -> TensorRtLlm:
-        if self.max_model_len and not self.chunked_context and self.max_model_len > self.max_num_tokens:
-            raise ValueError(
-                f"max_num_tokens={self.max_num_tokens} must be at least max_model_len={self.max_model_len} without "
-                "chunked_context; raise it or set chunked_context: true"
-            )
-        return self
 
     @property
     def block_tokens(self) -> int:

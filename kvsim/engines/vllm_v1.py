@@ -15,6 +15,7 @@ from kvsim.cost_types import Chunk
 from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
 from kvsim.engines.scheduler import Scheduler, Step
 from kvsim.engines.vllm_memory import collective_line, forward_bytes
+from kvsim.errors import InputError
 from kvsim.model import Model
 from kvsim.ops import HostWork
 from kvsim.policies.compose import CachePlan
@@ -173,7 +174,10 @@ class V1Scheduler(Scheduler):
             if hit:
                 taken = pool.units_to_admit(sequence, units)
                 needed -= units - taken
-            if not self.fits(sequence, needed, free) or (not self.chunked and chunk < whole - cached):
+            if not self.chunked and chunk < whole - cached:
+                self._check_budget(sequence, whole - cached)
+                break
+            if not self.fits(sequence, needed, free):
                 break
             if hit:
                 pool.admit(sequence)
@@ -182,6 +186,14 @@ class V1Scheduler(Scheduler):
             free, budget = free - taken, budget - chunk
             self._schedule(sequence, chunk, units, chunks)
         return chunks
+
+    def _check_budget(self, sequence: Sequence, num_tokens: int) -> None:
+        if num_tokens > self.budget:
+            raise InputError(
+                f"workload: request {sequence.request.index}: prompt tokens", num_tokens,
+                f"must be at most the engine's {self.budget} tokens a step, since prompts are not split",
+                "raise engine.max_num_tokens or set engine.chunked_context: true",
+            )  # fmt: skip
 
     def preempt_last(self) -> Sequence:
         """From the first preemption on it matters what free blocks hold: then hardly any is free whose past was not watched."""
