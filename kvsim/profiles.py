@@ -157,7 +157,7 @@ def load_profile(name: str, gpu: Gpu, kernels: str, base_dir: Path = Path()) -> 
     links = [partial(_link, path, gpu) for path in sorted(first, reverse=True)]
     links += [partial(_link, path, gpu, OTHER_ENGINE_SIGMA, "another engine") for path in own if path not in first]
     elsewhere = [path for path in there.values() if path.parent.name != gpu.name]
-    return ProfileChain(links, partial(_neighbours, gpu, kernels, elsewhere), last)
+    return ProfileChain(links, partial(neighbours, gpu, kernels, elsewhere), last)
 
 
 def engine_of(path: Path) -> str:
@@ -175,7 +175,7 @@ def _link(path: Path, gpu: Gpu, sigma: float = 0.0, carried: str = "") -> Measur
     return MeasuredProfile(content, gpu, measured_on, sigma, carried)
 
 
-def _neighbours(gpu: Gpu, kernels: str, paths: Sequence[Path]) -> Neighbours | None:
+def neighbours(gpu: Gpu, kernels: str, paths: Sequence[Path]) -> Neighbours | None:
     """One profile of each other GPU: of the same engine where there is one."""
     by_gpu: dict[str, Path] = {}
     for path in paths:
