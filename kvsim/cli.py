@@ -226,6 +226,75 @@ def measure(context: click.Context) -> int:
         return stopped.code if isinstance(stopped.code, int) else DONE
 
 
+@calibrate.group("import", no_args_is_help=False)
+def import_() -> None:
+    """Turn others' measurements into a profile (docs/profiles.md)."""
+
+
+def _import_options(command: Any) -> Any:
+    for option in (
+        click.option("--out", metavar="FILE", help="Profile to write; default: GPU-ENGINE-VERSION.json here."),
+        click.option("--engine", required=True, metavar="NAME==VERSION", help="Whose kernels were measured."),
+        click.option("--gpu", required=True, help="The GPU they ran on, as in `kvsim list gpus`."),
+    ):
+        command = option(command)
+    return command
+
+
+@import_.command("aiconfigurator")
+@_import_options
+@click.option("--root", metavar="DIR", help="Unpacked aiconfigurator-core; default: the installed package.")
+def import_aiconfigurator(gpu: str, engine: str, out: str | None, root: str | None) -> None:
+    """Kernel tables of the package aiconfigurator-core, for one GPU and engine."""
+    from pathlib import Path
+
+    from kvsim.calibrate.importers import aiconfigurator
+    from kvsim.hardware import load_gpu
+
+    chosen = load_gpu(gpu)
+    name, version = _engine(engine)
+    found = aiconfigurator.read(chosen, name, version, None if root is None else Path(root))
+    command = f"kvsim calibrate import aiconfigurator --gpu {chosen.name} --engine {name}=={found.engine_version}"
+    _write_import(chosen, found, command, out)
+
+
+@import_.command("csv")
+@_import_options
+@click.option("--only-engine", metavar="TEXT", help="Only rows whose column engine holds this.")
+@click.option("--source", default="", help="Who measured, for the profile's provenance.")
+@click.argument("path")
+def import_csv(gpu: str, engine: str, out: str | None, only_engine: str | None, source: str, path: str) -> None:
+    """Hand-made rows of a CSV (columns: docs/profiles.md)."""
+    from pathlib import Path
+
+    from kvsim.calibrate.importers import plain_csv
+    from kvsim.hardware import load_gpu
+
+    chosen = load_gpu(gpu)
+    name, version = _engine(engine)
+    if version is None:
+        raise InputError("--engine", engine, "must name a version for rows of a file", f"try {name}==1.0")
+    found = plain_csv.read(Path(path), chosen, name, version, only_engine=only_engine, source=source)
+    only = f" --only-engine {only_engine}" if only_engine else ""
+    _write_import(chosen, found, f"kvsim calibrate import csv {path} --gpu {chosen.name} --engine {engine}{only}", out)
+
+
+def _engine(text: str) -> tuple[str, str | None]:
+    from kvsim.calibrate.import_command import split_engine
+
+    return split_engine(text)
+
+
+def _write_import(gpu: Any, found: Any, command: str, out: str | None) -> None:
+    from pathlib import Path
+
+    from kvsim.calibrate.import_command import make_profile
+
+    _, path, lines = make_profile(gpu, found, command, None if out is None else Path(out))
+    click.echo("\n".join(lines))
+    click.echo(f"wrote {path}; use it with `profile: {path}` in a scenario")
+
+
 def _load(path: str, overrides: tuple[tuple[str, Any], ...], names: tuple[str, ...]) -> Scenario:
     from kvsim.scenario import load_scenario, select_policies
 
