@@ -279,6 +279,55 @@ def import_csv(gpu: str, engine: str, out: str | None, only_engine: str | None, 
     _write_import(chosen, found, f"kvsim calibrate import csv {path} --gpu {chosen.name} --engine {engine}{only}", out)
 
 
+@import_.command("vidur")
+@_import_options
+@click.argument("path")
+def import_vidur(gpu: str, engine: str, out: str | None, path: str) -> None:
+    """Vidur's profiling CSVs: a file or a folder."""
+    from pathlib import Path
+
+    from kvsim.calibrate.importers import vidur
+    from kvsim.hardware import load_gpu
+
+    chosen, (name, version) = load_gpu(gpu), _engine(engine)
+    found = vidur.read(Path(path), chosen, name, version or "2024")
+    _write_import(chosen, found, f"kvsim calibrate import vidur {path} --gpu {chosen.name} --engine {engine}", out)
+
+
+@import_.command("llmservingsim")
+@_import_options
+@click.option("--model", required=True, help="The model that was profiled, as in `kvsim list models`.")
+@click.option("--tp", type=click.IntRange(1, 8), default=1, show_default=True, help="GPUs that shared each layer.")
+@click.argument("folder")
+def import_llmservingsim(gpu: str, engine: str, out: str | None, model: str, tp: int, folder: str) -> None:
+    """LLMServingSim's profiler output of one model."""
+    from pathlib import Path
+
+    from kvsim.calibrate.importers import llmservingsim
+    from kvsim.hardware import load_gpu
+    from kvsim.model import load_model
+
+    chosen, (name, version) = load_gpu(gpu), _engine(engine)
+    found = llmservingsim.read(Path(folder), chosen, load_model(model), tp, name, version or "unknown")
+    command = f"kvsim calibrate import llmservingsim {folder} --gpu {chosen.name} --engine {engine} --model {model} --tp {tp}"
+    _write_import(chosen, found, command, out)
+
+
+@import_.command("measure")
+@_import_options
+@click.argument("path")
+def import_measure(gpu: str, engine: str, out: str | None, path: str) -> None:
+    """What `kvsim calibrate measure` wrote on your own device."""
+    from pathlib import Path
+
+    from kvsim.calibrate.importers import measure_rows
+    from kvsim.hardware import load_gpu
+
+    chosen, (name, version) = load_gpu(gpu), _engine(engine)
+    found = measure_rows.read(Path(path), chosen, name, version or "")
+    _write_import(chosen, found, f"kvsim calibrate import measure {path} --gpu {chosen.name} --engine {engine}", out)
+
+
 def _engine(text: str) -> tuple[str, str | None]:
     from kvsim.calibrate.import_command import split_engine
 
