@@ -1,6 +1,6 @@
 """Checks that `run` makes before any launch. Every refusal is a ValueError: argument, value, rule, what to do instead.
 
-Only shapes, dtypes, strides and devices are looked at: reading values of a GPU tensor would make every launch wait for the
+Of tensors on a GPU only shapes, dtypes, strides and devices are looked at: reading values would make every launch wait for the
 device and could not be captured in a CUDA graph. What values must hold is documented with each `run`.
 """
 
@@ -92,3 +92,10 @@ def group_of(num_q_heads: int, kv_heads: int) -> int:
 def budget(name: str, value: int, length: int) -> None:
     """A number of kept tokens (channels) that does not exceed what there is."""
     require(0 <= value <= length, name, value, f"be within 0 and the length {length}", f"lower {name}")
+
+
+def lengths(value: torch.Tensor, max_tokens: int) -> None:
+    """Tokens of each head fit the cache. Looked at on the CPU only, where it costs no wait."""
+    if value.device.type == "cpu" and value.numel():
+        low, high = int(value.min()), int(value.max())
+        require(low >= 0 and high <= max_tokens, "lengths", f"{low}..{high}", f"lie in 0..{max_tokens}, the cache's tokens", "trim them")

@@ -73,6 +73,7 @@ def view_cache(name: str, cache: torch.Tensor, lengths: torch.Tensor, block_tabl
     checks.last_dim_dense(name, cache)
     if block_table is None:
         checks.tensor(name, cache, cache.dtype, (batch, kv_heads, None, None), contiguous=False)
+        checks.lengths(lengths, cache.shape[2])
         outer, head, token, _ = cache.stride()
         return CacheView(batch, kv_heads, cache.shape[3], cache.shape[2], False, 1, outer, token, head, 0, 0)
     per_head = block_table.dim() == 3
@@ -86,6 +87,7 @@ def view_cache(name: str, cache: torch.Tensor, lengths: torch.Tensor, block_tabl
     outer, token, head, _ = cache.stride()
     tables = (block_table.stride(0), block_table.stride(1) if per_head else 0)
     max_tokens = block_table.shape[-1] * block_size
+    checks.lengths(lengths, max_tokens)
     return CacheView(
         batch, kv_heads, cache.shape[3], max_tokens, True, block_size, outer, token, 0 if per_head else head, *tables
     )
