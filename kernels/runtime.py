@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -77,6 +78,11 @@ def recorded(label: str, call: Callable[[], Any]) -> list[CompileSpec]:
     return specs
 
 
+def specs_of(label: str, run: Callable[..., Any], make_inputs: Callable[..., Any], shape: Any, **options: Any) -> list[CompileSpec]:
+    """What `run` would launch on CPU inputs of `shape`."""
+    return recorded(label, lambda: run(**make_inputs(shape, np.random.default_rng(0), "cpu"), **options))
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constexprs: Any
 ) -> None:
@@ -113,7 +119,12 @@ def compile_spec(
     values = dict(zip(names, args, strict=False)) | constexprs
     for index, name in enumerate(names):
         value = values[name]
-        kind, divisible = _specialize(value) if name not in constexprs else ("constexpr", False)
+        if name in constexprs:
+            kind, divisible = "constexpr", False
+        elif kernel.params[index].do_not_specialize:
+            kind, divisible = "i32" if -(2**31) <= value < 2**31 else "i64", False
+        else:
+            kind, divisible = _specialize(value)
         signature[name] = kind
         if kind == "constexpr":
             constants[(index,)] = value
