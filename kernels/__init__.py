@@ -13,6 +13,7 @@ KERNELS = (
     "decode_attention_scored",
     "prefill_scores",
     "select",
+    "select_budgets",
     "compact",
     "metric_pool",
     "think_scores",
