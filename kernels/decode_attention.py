@@ -21,7 +21,18 @@ import triton.language as tl
 
 from kvsim.kernels.layouts import CacheShape, CacheView, generator, make_cache, token_offsets, tokens_of, view_kv
 from kvsim.kernels.runtime import INTERPRETED, CompileSpec, ceil_div, dot, launch, next_power_of_2, specs_of
-from kvsim.kernels.splits import LN_2, LOG2_E, ROWS, check_arguments, join, num_stages, partials_for, parts_bytes, plan
+from kvsim.kernels.splits import (
+    LOG2_E,
+    ROWS,
+    check_arguments,
+    join,
+    num_stages,
+    online_softmax,
+    partials_for,
+    parts_bytes,
+    plan,
+    store_result,
+)
 
 NO_SCRATCH, PROBABILITIES, LOGITS = (tl.constexpr(i) for i in range(3))
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -67,33 +78,19 @@ def split_kernel(
         mask = exists[:, None] & in_head[None, :]
         k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
         logits = dot(q, tl.trans(k), FP32_DOT) * scale_log2
-        logits = tl.where(exists[None, :], logits, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(logits, 1))  # finite: every tile has a token
-        p = tl.exp2(logits - new_maximum[:, None])
-        rescale = tl.exp2(maximum - new_maximum)
-        total = total * rescale + tl.sum(p, 1)
+        p, maximum, total, rescale = online_softmax(logits, exists, maximum, total)
         if SCRATCH != NO_SCRATCH:
             slots = scratch_ptr + (pair * GROUP + row)[:, None] * max_slots + token[None, :]
             kept = in_group[:, None] & exists[None, :]
             if SCRATCH == PROBABILITIES:
                 tl.store(slots, p.to(tl.float16), mask=kept)
                 tiles = tile_max_ptr + (pair * GROUP + row) * (max_slots // TILE) + start // TILE
-                tl.store(tiles, new_maximum, mask=in_group)
+                tl.store(tiles, maximum, mask=in_group)
             else:
                 tl.store(slots, logits, mask=kept)
         v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
         acc = acc * rescale[:, None] + dot(p.to(v.dtype), v, FP32_DOT)
-        maximum = new_maximum
-    divisor = tl.where(total > 0, total, 1.0)
-    acc = acc / divisor[:, None]  # an empty head: 0, and its maximum −inf
-    lse = maximum + tl.log2(divisor)
-    if IS_SPLIT:
-        part = (pair * num_splits + split) * GROUP + row
-        tl.store(out_ptr + part[:, None] * HEAD_DIM + channel[None, :], acc, mask=q_mask)
-        tl.store(lse_ptr + part, lse, mask=in_group)
-    else:
-        tl.store(out_ptr + q_offsets, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
-        tl.store(lse_ptr + pair * GROUP + row, lse * LN_2, mask=in_group)
+    store_result(out_ptr, lse_ptr, acc, maximum, total, row, channel, pair, split, num_splits, GROUP, HEAD_DIM, IS_SPLIT)
 
 
 def tile_tokens(head_dim: int) -> int:

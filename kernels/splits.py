@@ -27,6 +27,38 @@ LSE_TOLERANCE = 1e-4
 
 
 @triton.jit
+def online_softmax(logits, exists, maximum, total):
+    """One tile of base-2 logits, at least one token of which exists: un-normalised probabilities, the new running maximum and
+    sum, and the factor for what was accumulated before.
+    """
+    logits = tl.where(exists[None, :], logits, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+    p = tl.exp2(logits - new_maximum[:, None])
+    rescale = tl.exp2(maximum - new_maximum)
+    return p, new_maximum, total * rescale + tl.sum(p, 1), rescale
+
+
+@triton.jit
+def store_result(
+    out_ptr, lse_ptr, acc, maximum, total, row, channel, pair, split, num_splits,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, IS_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Normalised output and log-sum-exp of a tile of query rows: parts (base 2, fp32) where IS_SPLIT, else the results."""
+    mask = (row < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
+    divisor = tl.where(total > 0, total, 1.0)
+    acc = acc / divisor[:, None]  # an empty head: 0, and its maximum −inf
+    lse = maximum + tl.log2(divisor)
+    if IS_SPLIT:
+        part = (pair * num_splits + split) * GROUP + row
+        tl.store(out_ptr + part[:, None] * HEAD_DIM + channel[None, :], acc, mask=mask)
+        tl.store(lse_ptr + part, lse, mask=row < GROUP)
+    else:
+        rows = pair * GROUP + row
+        tl.store(out_ptr + rows[:, None] * HEAD_DIM + channel[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(lse_ptr + rows, lse * LN_2, mask=row < GROUP)
+
+
+@triton.jit
 def join_kernel(
     part_out_ptr, part_lse_ptr, lengths_ptr, out_ptr, lse_ptr, split_tokens, num_splits,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr, SPLITS_PADDED: tl.constexpr,
