@@ -39,6 +39,7 @@ SLICE_CHANNELS = 32
 COPY_ELEMENTS = 4096
 """Elements of K a program copies: 8 KiB, 64 B for each of 128 threads."""
 IN_PLACE_TILE = 256
+MOVE_ELEMENTS = 2048
 FREE_TILE = 128
 
 
@@ -136,32 +137,34 @@ def move_kernel(
     num_in_place = first_kept_at_or_past(kept_row, num_kept, num_kept)
     start = num_in_place + tl.program_id(0) * TILE
     if start < num_kept:
-        survivor = start + tl.arange(0, TILE)
-        exists = survivor < num_kept
+        slot = start + tl.arange(0, TILE)
+        exists = slot < num_kept
+        survivor = tl.minimum(slot, num_kept - 1)  # a valid row for every thread: loads need no predicate
         hole_number = survivor - num_in_place
         low = tl.zeros([TILE], tl.int32)
         high = tl.zeros([TILE], tl.int32) + num_kept
         for _ in range(SEARCH_STEPS):
             middle = (low + high) // 2
-            open_range = exists & (low < high)
+            open_range = low < high
             holes_before = tl.load(kept_row + middle, mask=open_range, other=0) - middle
             right = open_range & (holes_before <= hole_number)
             high = tl.where(open_range & (holes_before > hole_number), middle, high)
             low = tl.where(right, middle + 1, low)
         hole = hole_number + low
-        token = tl.load(kept_row + survivor, mask=exists, other=0)
+        token = tl.load(kept_row + survivor)
         source = token_offsets(
-            token, exists, batch, head, table_ptr, table_stride_batch, table_stride_head,
+            token, token >= 0, batch, head, table_ptr, table_stride_batch, table_stride_head,
             outer_stride, token_stride, head_stride, True, BLOCK_SIZE,
         )  # fmt: skip
         target = token_offsets(
-            hole, exists, batch, head, table_ptr, table_stride_batch, table_stride_head,
+            hole, hole >= 0, batch, head, table_ptr, table_stride_batch, table_stride_head,
             outer_stride, token_stride, head_stride, True, BLOCK_SIZE,
         )  # fmt: skip
         channel = tl.arange(0, HEAD_DIM_PADDED)
-        mask = exists[:, None] & (channel[None, :] < HEAD_DIM)
-        k = tl.load(k_ptr + source[:, None] + channel[None, :], mask=mask)
-        v = tl.load(v_ptr + source[:, None] + channel[None, :], mask=mask)
+        in_head = (channel < HEAD_DIM)[None, :]
+        mask = exists[:, None] & in_head
+        k = tl.load(k_ptr + source[:, None] + channel[None, :], mask=in_head)
+        v = tl.load(v_ptr + source[:, None] + channel[None, :], mask=in_head)
         tl.store(k_ptr + target[:, None] + channel[None, :], k, mask=mask)
         tl.store(v_ptr + target[:, None] + channel[None, :], v, mask=mask)
         slot_source = token_offsets(
@@ -301,7 +304,7 @@ def run_moves(
     checks.tensor("positions", positions, torch.int32, tuple(k.shape[:2]), k.device)
     max_kept = _check_kept(kept, num_kept, view)
     rows, padded, size = view.batch * view.kv_heads, next_power_of_2(view.head_dim), view.block_size
-    tile = COPY_ELEMENTS // padded
+    tile = MOVE_ELEMENTS // padded
     launch(
         move_kernel, (ceil_div(max_kept, tile), rows), k, v, metrics, positions, block_table, kept, num_kept,
         view.kv_heads, max_kept, *view.strides, size, 1, 0, SEARCH_STEPS=max_kept.bit_length(), BLOCK_SIZE=size,

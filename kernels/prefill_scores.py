@@ -276,7 +276,7 @@ def run(
     scale = view.head_dim**-0.5 if scale is None else scale
     inverse_temperature = 1.0 / temperature if noisy else 1.0
     shared = {
-        **_tiles(view.head_dim, group * num_queries), "GROUP": group, "PAGED": view.paged, "BLOCK_SIZE": view.block_size,
+        **_tiles(view.head_dim, group * num_queries, noisy), "GROUP": group, "PAGED": view.paged, "BLOCK_SIZE": view.block_size,
         "HEAD_DIM": view.head_dim, "HEAD_DIM_PADDED": next_power_of_2(view.head_dim),
         "FP32_DOT": INTERPRETED or k.dtype == torch.float32,
     }  # fmt: skip
@@ -303,10 +303,13 @@ def run(
     return pooled
 
 
-def _tiles(head_dim: int, num_rows: int) -> dict[str, int]:
-    """256 channels fill shared memory sooner, and the few rows of a window need no tile of 64."""
+def _tiles(head_dim: int, num_rows: int, noisy: bool) -> dict[str, int]:
+    """256 channels fill shared memory and noise takes registers sooner; the few rows of a window need no tile of 64."""
     wide = head_dim > 128
-    return {"TILE_KEYS": 64 if wide else 128, "TILE_ROWS": 32 if wide or num_rows <= 32 else 64, "num_warps": 4 if wide else 8}
+    return {
+        "TILE_KEYS": 64 if wide or noisy else 128, "TILE_ROWS": 32 if wide or num_rows <= 32 else 64,
+        "num_warps": 4 if wide or noisy else 8,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from kvsim.kernels.runtime import CompileSpec, ceil_div, launch, next_power_of_2
 
 CHANNEL_TILE = 16
 """Stored channels are a multiple of it: a tile of the tensor cores, and a 32 B sector (kvsim/policies/think.py)."""
-GATHER_ELEMENTS = 4096
+GATHER_ELEMENTS = 2048
 
 
 @triton.jit
@@ -41,16 +41,17 @@ def gather_kernel(
         exists = token < length
         slot = tl.arange(0, STORED_PADDED)
         channel = tl.load(channels_ptr + row * KEPT + slot, mask=slot < KEPT, other=0)
+        inside = tl.minimum(token, length - 1)  # a valid row for every thread: loads need no predicate
         source = token_offsets(
-            token, exists, batch, head, table_ptr, table_stride_batch, table_stride_head,
+            inside, inside >= 0, batch, head, table_ptr, table_stride_batch, table_stride_head,
             outer_stride, token_stride, head_stride, PAGED, BLOCK_SIZE,
         )  # fmt: skip
         target = token_offsets(
             token, exists, batch, head, table_ptr, table_stride_batch, table_stride_head,
             out_outer_stride, out_token_stride, out_head_stride, PAGED, BLOCK_SIZE,
         )  # fmt: skip
-        mask = exists[:, None] & (slot[None, :] < KEPT)
-        keys = tl.load(k_ptr + source[:, None] + channel[None, :], mask=mask, other=0.0)
+        keys = tl.load(k_ptr + source[:, None] + channel[None, :])
+        keys = tl.where(slot[None, :] < KEPT, keys, 0.0)
         tl.store(out_ptr + target[:, None] + slot[None, :], keys, mask=exists[:, None] & (slot[None, :] < STORED))
 
 

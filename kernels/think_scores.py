@@ -80,9 +80,9 @@ def channel_scores_kernel(
         squares = tl.zeros([TILE, HEAD_DIM_PADDED], tl.float32)
         for start in range(0, last_queries, TILE):
             query = start + index
-            pointers = q_ptr + batch * q_stride_batch + q_head * q_stride_head + query[:, None] * q_stride_query
+            query_rows = q_ptr + batch * q_stride_batch + q_head * q_stride_head + query[:, None] * q_stride_query
             mask = (query < last_queries)[:, None] & in_head[None, :]
-            queries = tl.load(pointers + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            queries = tl.load(query_rows + channel[None, :], mask=mask, other=0.0).to(tl.float32)
             squares += queries * queries
         square = tl.sum(squares, 0)
         if REDUCTION == 0:
@@ -90,8 +90,8 @@ def channel_scores_kernel(
         elif REDUCTION == 1:
             reduced += square * (1.0 / GROUP)
         else:
-            pointers = scores_ptr + (row * GROUP + member) * HEAD_DIM + channel
-            tl.store(pointers, tl.sqrt(square) * key_norm, mask=in_head)
+            own_scores = scores_ptr + (row * GROUP + member) * HEAD_DIM + channel
+            tl.store(own_scores, tl.sqrt(square) * key_norm, mask=in_head)
     if REDUCTION == 0:
         tl.store(scores_ptr + row * HEAD_DIM + channel, reduced * key_norm, mask=in_head)
     elif REDUCTION == 1:
