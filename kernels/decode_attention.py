@@ -27,6 +27,7 @@ from kvsim.kernels.splits import (
     check_arguments,
     join,
     num_stages,
+    num_warps,
     online_softmax,
     partials_for,
     parts_bytes,
@@ -115,7 +116,7 @@ def attend(
         0 if scratch is None else scratch.shape[-1], *view.strides,
         GROUP=q.shape[1] // view.kv_heads, HEAD_DIM=view.head_dim, HEAD_DIM_PADDED=next_power_of_2(view.head_dim),
         PAGED=view.paged, BLOCK_SIZE=view.block_size, TILE=tile, IS_SPLIT=parts.num_splits > 1, SCRATCH=kept.value,
-        FP32_DOT=INTERPRETED, num_warps=4, num_stages=num_stages(view.paged),
+        FP32_DOT=INTERPRETED, num_warps=num_warps(view.head_dim), num_stages=num_stages(view.paged),
     )  # fmt: skip
     join(parts, lengths, out, lse)
     return out, lse

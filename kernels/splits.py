@@ -60,13 +60,16 @@ def store_result(
 
 @triton.jit
 def join_kernel(
-    part_out_ptr, part_lse_ptr, lengths_ptr, out_ptr, lse_ptr, split_tokens, num_splits,
+    part_out_ptr, part_lse_ptr, lengths_ptr, more_lengths_ptr, out_ptr, lse_ptr, split_tokens, num_splits,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr, SPLITS_PADDED: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Splits of one query head weighted by their shares of its sum of exponentials."""
     pair, member = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    used = tl.cdiv(tl.load(lengths_ptr + pair), split_tokens)
+    length = tl.load(lengths_ptr + pair)
+    if more_lengths_ptr is not None:
+        length += tl.load(more_lengths_ptr + pair)
+    used = tl.cdiv(length, split_tokens)
     split = tl.arange(0, SPLITS_PADDED)
     parts = pair * num_splits * GROUP + member
     lses = tl.load(part_lse_ptr + parts + split * GROUP, mask=split < used, other=float("-inf"))
@@ -120,13 +123,15 @@ def partials_for(out: torch.Tensor, lse: torch.Tensor, kv_heads: int, num_splits
     return Partials(torch.empty(*dims, head_dim, **options), torch.empty(dims, **options), num_splits, split_tokens)
 
 
-def join(parts: Partials, lengths: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Join the parts into `out` and `lse`; nothing to do for one split."""
+def join(
+    parts: Partials, lengths: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, more_lengths: torch.Tensor | None = None
+) -> None:
+    """Join the parts into `out` and `lse`; nothing to do for one split. A head's tokens are `lengths` plus `more_lengths`."""
     if parts.num_splits == 1:
         return
     pairs, num_splits, group, head_dim = parts.out.shape
     launch(
-        join_kernel, (pairs, group), parts.out, parts.lse, lengths, out, lse, parts.split_tokens, num_splits,
+        join_kernel, (pairs, group), parts.out, parts.lse, lengths, more_lengths, out, lse, parts.split_tokens, num_splits,
         GROUP=group, HEAD_DIM=head_dim, HEAD_DIM_PADDED=next_power_of_2(head_dim),
         SPLITS_PADDED=next_power_of_2(num_splits), TILE=16, num_warps=4, num_stages=2,
     )  # fmt: skip
@@ -165,6 +170,11 @@ def num_stages(paged: bool) -> int:
     with 3 stages the compiler keeps a single buffer (38 KiB, docs/kernels.md), and loads would wait for products.
     """
     return 5 if paged else 3
+
+
+def num_warps(head_dim: int) -> int:
+    """8 where 4 warps' registers do not hold the query and the sums of 256 channels (docs/kernels.md: spills on sm_90)."""
+    return 8 if head_dim > 128 else 4
 
 
 def parts_bytes(pairs: int, group: int, head_dim: int, max_length: int, tile: int) -> int:
