@@ -239,9 +239,10 @@ def run(
     if out_k is None or out_v is None:
         dims = (source.batch, source.kv_heads, max_kept, source.head_dim)
         out_k, out_v = (torch.empty(dims, dtype=k.dtype, device=k.device) for _ in range(2))
-    target = view_kv(out_k, out_v, num_kept, out_block_table)
     checks.tensor("out_k", out_k, k.dtype, (None, None, None, source.head_dim), k.device, contiguous=False)
-    checks.integer("kept.shape[2]", max_kept, 0, target.max_tokens)
+    room = out_k.shape[2] if out_block_table is None else out_block_table.shape[-1] * out_k.shape[1]
+    checks.integer("kept.shape[2]", max_kept, 0, room)
+    target = view_kv(out_k, out_v, num_kept, out_block_table)
     apart = {k.data_ptr(), v.data_ptr()}.isdisjoint({out_k.data_ptr(), out_v.data_ptr()}) or not k.numel()
     checks.require(apart, "out_k", "k or v", "be other memory, as tiles are copied in any order", "use run_in_place")
     padded = next_power_of_2(source.head_dim)

@@ -219,7 +219,9 @@ def run(
     codes, params, out_block_table: where to; None: allocated in x's layout. A paged cache's block must hold whole groups.
     """
     checks.tensor("x", x, checks.HALF_DTYPES, (None, None, None, None), contiguous=False)
-    view = view_cache("x", x, lengths, block_table)
+    # A ring has fewer slots than tokens were seen, so its lengths are none of a cache; values are looked at on the CPU only.
+    held = torch.zeros_like(lengths) if ring and lengths.device.type == "cpu" else lengths
+    view = view_cache("x", x, held, block_table)
     head_dim = view.head_dim
     checks.head_dim(head_dim)
     by_token = fmt.groups == "token"
