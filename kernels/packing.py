@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from kvsim.kernels import checks
+from kvsim.kernels.layouts import token_offsets
 
 BITS = {"int2": 2, "int4": 4, "int8": 8, "fp8": 8}
 GROUPS = ("token", "channel")
@@ -114,7 +115,7 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
 def dequantize(codes: torch.Tensor, params: torch.Tensor, fmt: QuantFormat, head_dim: int) -> torch.Tensor:
     """float64 `[tokens, head_dim]` of the codes `[tokens, row_bytes]` and params `[rows, params_per_row]` of one head."""
     raw = codes.view(torch.float8_e4m3fn).double() if fmt.is_float else unpack(codes, fmt.bits).double()
-    per_param = params.double().unflatten(-1, (fmt.num_params, -1))  # [rows, P, groups]
+    per_param = params.double().unflatten(-1, (fmt.num_params, fmt.num_groups(head_dim)))  # [rows, P, groups]
     if fmt.groups == "token":
         per_param = per_param.repeat_interleave(fmt.group_size, 0)[: codes.shape[0]]
     else:
@@ -147,3 +148,57 @@ def unpack_fp16(packed, BITS: tl.constexpr, IS_FLOAT: tl.constexpr):
 @triton.jit
 def _code_fp16(code):
     return (code | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+
+
+@triton.jit
+def dequantized_tile(
+    codes_ptr, params_ptr, table_ptr, token, start, exists, end, batch, head, table_stride_batch, table_stride_head,
+    codes_outer, codes_token, codes_head, params_outer, params_row, params_head,
+    BITS: tl.constexpr, IS_FLOAT: tl.constexpr, BY_TOKEN: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr, PAGED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """fp16 [TILE, HEAD_DIM_PADDED] of the tokens that exist, 0 elsewhere. `start` is a multiple of TILE."""
+    offsets = token_offsets(
+        token, exists, batch, head, table_ptr, table_stride_batch, table_stride_head,
+        codes_outer, codes_token, codes_head, PAGED, BLOCK_SIZE,
+    )  # fmt: skip
+    byte = tl.arange(0, HEAD_DIM_PADDED * BITS // 8)
+    mask = exists[:, None] & (byte < HEAD_DIM * BITS // 8)[None, :]
+    codes = unpack_fp16(tl.load(codes_ptr + offsets[:, None] + byte[None, :], mask=mask, other=0), BITS, IS_FLOAT)
+    if IS_FLOAT:
+        codes = codes * 256.0
+    if BY_TOKEN:
+        GROUP: tl.constexpr = GROUP_SIZE if GROUP_SIZE < TILE else TILE
+        NUM_GROUPS: tl.constexpr = TILE // GROUP
+        row = start // GROUP_SIZE + tl.arange(0, NUM_GROUPS)
+        row_exists = row * GROUP_SIZE < end
+        row_offsets = token_offsets(
+            row, row_exists, batch, head, table_ptr, table_stride_batch, table_stride_head,
+            params_outer, params_row, params_head, PAGED, BLOCK_SIZE // GROUP_SIZE,
+        )  # fmt: skip
+        channel = tl.arange(0, HEAD_DIM_PADDED)
+        pointers = params_ptr + row_offsets[:, None] + channel[None, :]
+        used = row_exists[:, None] & (channel < HEAD_DIM)[None, :]
+        grouped = tl.reshape(codes, [NUM_GROUPS, GROUP, HEAD_DIM_PADDED])
+        grouped = grouped * tl.load(pointers, mask=used, other=0.0)[:, None, :]
+        if not IS_FLOAT:
+            grouped = grouped + tl.load(pointers + HEAD_DIM, mask=used, other=0.0)[:, None, :]
+        values = tl.reshape(grouped, [TILE, HEAD_DIM_PADDED])
+        # A row of params may reach past the tokens that exist: what it makes of their missing codes must not count.
+        return tl.where(exists[:, None], values, 0.0)
+    else:
+        GROUP: tl.constexpr = GROUP_SIZE if GROUP_SIZE < HEAD_DIM else HEAD_DIM_PADDED
+        NUM_GROUPS: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP
+        GROUPS_PADDED: tl.constexpr = HEAD_DIM_PADDED // GROUP
+        row_offsets = token_offsets(
+            token, exists, batch, head, table_ptr, table_stride_batch, table_stride_head,
+            params_outer, params_row, params_head, PAGED, BLOCK_SIZE,
+        )  # fmt: skip
+        group = tl.arange(0, GROUPS_PADDED)
+        pointers = params_ptr + row_offsets[:, None] + group[None, :]
+        used = exists[:, None] & (group < NUM_GROUPS)[None, :]
+        grouped = tl.reshape(codes, [TILE, GROUPS_PADDED, GROUP])
+        grouped = grouped * tl.load(pointers, mask=used, other=0.0)[:, :, None]
+        if not IS_FLOAT:
+            grouped = grouped + tl.load(pointers + NUM_GROUPS, mask=used, other=0.0)[:, :, None]
+        return tl.reshape(grouped, [TILE, HEAD_DIM_PADDED])
