@@ -124,7 +124,8 @@ def reference(
             rows = tokens_of(k, block_table, sequence, head, length).double()
             new = torch.arange(length, device=k.device) if new_positions is None else new_positions[sequence, head, :length]
             by = new.double() - old_positions[sequence, head, :length].double()
-            turn = torch.polar(torch.ones(1, dtype=torch.float64), by[:, None] * phases.double() / 2**PHASE_BITS * 2 * math.pi)
+            angle = by[:, None] * phases.double() / 2**PHASE_BITS * 2 * math.pi
+            turn = torch.polar(torch.ones_like(angle), angle)
             first, second = (slice(half), slice(half, 2 * half))
             if convention == "interleaved":
                 first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)

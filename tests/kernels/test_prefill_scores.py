@@ -15,7 +15,7 @@ from kvsim.kernels.prefill_scores import POOLINGS, STATISTICS, TOLERANCE, Shape,
 
 AXES = {
     "dtype": ("float16", "bfloat16"), "layout": LAYOUTS, "head_dim": (64, 80, 96, 128, 256), "group": (1, 3, 4, 16),
-    "statistic": ("sum", "square", "gumbel"), "tokens": (1, 17, 129, 200),
+    "statistic": ("sum", "square", "gumbel"), "tokens": (1, 17, 129), "kv_heads": (1, 2),
 }  # fmt: skip
 
 
@@ -31,13 +31,13 @@ def check(shape: Shape, draw: int, device: str, **options) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", pairwise(**AXES), ids=case_name)
 def test_all_queries(case: dict, device: str) -> None:
-    check(Shape(**case, kv_heads=2, ragged=True), crc32(case_name(case).encode()), device, temperature=1.3, seed=2**40 + 7)
+    check(Shape(**case, ragged=True), crc32(case_name(case).encode()), device, temperature=1.3, seed=2**40 + 7)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", full_product(**AXES), ids=case_name)
 def test_all_queries_everywhere(case: dict, device: str) -> None:
-    check(Shape(**case, kv_heads=2, ragged=True), 1, device, temperature=1.3, seed=5)
+    check(Shape(**case, ragged=True), 1, device, temperature=1.3, seed=5)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -45,6 +45,12 @@ def test_all_queries_everywhere(case: dict, device: str) -> None:
 def test_the_last_window_pooled(pooling: str, tokens: int, queries: int, device: str) -> None:
     shape = Shape(kv_heads=2, tokens=tokens, head_dim=64, num_queries=queries, statistic="square", pooling=pooling, ragged=True)
     check(shape, tokens, device, pool_tokens=7, num_unpooled=min(queries, 8), group_mean=True)
+
+
+@pytest.mark.parametrize(("tokens", "queries", "group"), [(165, 100, 1), (150, 70, 3), (300, 200, 1)])
+def test_some_of_the_queries(tokens: int, queries: int, group: int, device: str) -> None:
+    """The later tiles of keys are seen by some queries only; at 165 the first that sees one is the last of its tile."""
+    check(Shape(kv_heads=2, tokens=tokens, head_dim=64, num_queries=queries, group=group), tokens, device)
 
 
 def test_a_probability_above_the_mean_is_counted(device: str) -> None:

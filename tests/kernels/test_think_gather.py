@@ -15,12 +15,12 @@ from kvsim.policies.think import ThinK
 
 AXES = {
     "dtype": ("float16", "bfloat16"), "layout": LAYOUTS, "head_dim": (64, 80, 96, 128, 256), "tokens": (1, 17, 129, 1023),
-    "pruned_frac": (0.0, 0.4, 0.9),
+    "pruned_frac": (0.0, 0.4, 0.9), "kv_heads": (1, 2),
 }  # fmt: skip
 
 
 def check(case: dict, device: str) -> None:
-    shape = Shape(**case, kv_heads=2, ragged=True)
+    shape = Shape(**case, ragged=True)
     inputs = make_inputs(shape, np.random.default_rng(crc32(case_name(case).encode())), device)
     out = run(**inputs)
     for head, rows in enumerate(reference(**inputs)):

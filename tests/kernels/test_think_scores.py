@@ -14,12 +14,12 @@ from kvsim.kernels.think_scores import REDUCTIONS, TOLERANCE, Shape, make_inputs
 
 AXES = {
     "dtype": ("float16", "bfloat16"), "layout": LAYOUTS, "head_dim": (64, 80, 96, 128, 256), "group": (1, 3, 16),
-    "reduction": REDUCTIONS, "tokens": (1, 17, 129, 1023),
+    "reduction": REDUCTIONS, "tokens": (1, 17, 129, 1023), "kv_heads": (1, 2),
 }  # fmt: skip
 
 
 def check(case: dict, device: str) -> None:
-    shape = Shape(**case, kv_heads=2, num_queries=5, ragged=True)
+    shape = Shape(**case, num_queries=5, ragged=True)
     inputs = make_inputs(shape, np.random.default_rng(crc32(case_name(case).encode())), device)
     assert_close(run(**inputs), reference(**inputs), TOLERANCE[shape.torch_dtype], case_name(case))
 
