@@ -84,19 +84,35 @@ def unique(specs: Iterable[CompileSpec]) -> list[CompileSpec]:
     return list(seen.values())
 
 
-def table(kernels: Sequence[str], targets: Sequence[int]) -> tuple[list[str], list[str]]:
+def launches(kernels: Sequence[str]) -> list[tuple[str, CompileSpec]]:
+    """(module, launch) of all that the modules compile."""
+    return [(name, spec) for name in kernels for spec in unique(kvsim.kernels.load(name).compile_specs())]
+
+
+def one_of_each_kernel(found: Sequence[tuple[str, CompileSpec]]) -> list[tuple[str, CompileSpec]]:
+    """The first launch of every kernel of every module."""
+    first: dict[tuple[str, str], tuple[str, CompileSpec]] = {}
+    for name, spec in found:
+        first.setdefault((name, spec.kernel_name), (name, spec))
+    return list(first.values())
+
+
+def label_cells(name: str, spec: CompileSpec) -> list[str]:
+    return [name, spec.kernel_name, spec.label, str(spec.num_warps), str(spec.num_stages)]
+
+
+def table(found: Sequence[tuple[str, CompileSpec]], targets: Sequence[int]) -> tuple[list[str], list[str]]:
     """Markdown lines of all figures, and every problem found."""
     heads = [f"sm_{t}: registers / stack B / shared KiB" for t in targets]
     lines = ["| module | kernel | launch | warps | stages | " + " | ".join(heads) + " |", "|---" * (5 + len(heads)) + "|"]
     problems = []
-    for name in kernels:
-        for spec in unique(kvsim.kernels.load(name).compile_specs()):
-            cells = [name, spec.kernel_name, spec.label, str(spec.num_warps), str(spec.num_stages)]
-            for target in targets:
-                usage = compile_for(spec, target)
-                cells.append(f"{usage.registers} / {usage.stack_bytes} / {usage.shared_bytes / KIB:.1f}")
-                problems += [f"{name} {spec.kernel_name} ({spec.label}) sm_{target}: {text}" for text in usage.problems()]
-            lines.append("| " + " | ".join(cells) + " |")
+    for name, spec in found:
+        cells = label_cells(name, spec)
+        for target in targets:
+            usage = compile_for(spec, target)
+            cells.append(f"{usage.registers} / {usage.stack_bytes} / {usage.shared_bytes / KIB:.1f}")
+            problems += [f"{name} {spec.kernel_name} ({spec.label}) sm_{target}: {text}" for text in usage.problems()]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines, problems
 
 
@@ -105,7 +121,7 @@ def prose(kernels: Sequence[str]) -> list[str]:
     lines = []
     for name in kernels:
         module = kvsim.kernels.load(name)
-        lines += [f"### {name}", "", inspect.getdoc(module) or "", "", inspect.getdoc(module.run) or "", ""]
+        lines += [f"### {name}", "", inspect.getdoc(module) or "", "", "**run**", "", inspect.getdoc(module.run) or "", ""]
     return lines
 
 
@@ -125,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="put the made part into this file, between its markers")
     options = parser.parse_args(arguments)
     kernels = options.kernels.split(",")
-    lines, problems = table(kernels, [int(target) for target in options.targets.split(",")])
+    lines, problems = table(launches(kernels), [int(target) for target in options.targets.split(",")])
     if options.write:
         text = options.write.read_text()
         start, end = text.index(BEGIN), text.index(END) + len(END)

@@ -191,7 +191,7 @@ def flops(shape: Shape) -> int:
 def compile_specs() -> list[CompileSpec]:
     """Launches to compile ahead of time: every head_dim, both kinds of layout, both dtypes, with and without splits."""
     shapes = [
-        Shape(batch=2, kv_heads=8, tokens=4096, head_dim=head_dim, dtype=dtype, layout=layout, group=group)
+        Shape(batch=2, kv_heads=8, tokens=1024, head_dim=head_dim, dtype=dtype, layout=layout, group=group)
         for head_dim, dtype, layout, group in (
             (64, "float16", "paged", 1), (80, "bfloat16", "contiguous", 4), (96, "float16", "paged_per_head", 4),
             (128, "bfloat16", "paged", 8), (128, "float16", "contiguous", 16), (256, "bfloat16", "paged", 4),

@@ -269,7 +269,7 @@ def compile_specs() -> list[CompileSpec]:
         ("gumbel", 80, "float16", "paged", 4), ("sum", 256, "bfloat16", "contiguous", 16),
     )  # fmt: skip
     shapes = [
-        Shape(batch=2, kv_heads=8, tokens=4096, statistic=statistic, head_dim=dim, dtype=dtype, layout=layout, group=group)
+        Shape(batch=2, kv_heads=8, tokens=1024, statistic=statistic, head_dim=dim, dtype=dtype, layout=layout, group=group)
         for statistic, dim, dtype, layout, group in cases
     ]
     return [spec for shape in shapes for spec in specs_of(_label(shape), run, make_inputs, shape)]

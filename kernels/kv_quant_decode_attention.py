@@ -258,7 +258,7 @@ def compile_specs() -> list[CompileSpec]:
         ("fp8_group64", 256, "float16", "contiguous", 16), ("kivi4", 256, "bfloat16", "paged", 4),
     )  # fmt: skip
     shapes = [
-        Shape(batch=2, kv_heads=8, tokens=4096, format=fmt, head_dim=dim, dtype=dtype, layout=layout, group=group, block_size=32)
+        Shape(batch=2, kv_heads=8, tokens=1024, format=fmt, head_dim=dim, dtype=dtype, layout=layout, group=group, block_size=32)
         for fmt, dim, dtype, layout, group in cases
     ]
     return [spec for shape in shapes for spec in specs_of(_label(shape), run, make_inputs, shape)]

@@ -255,7 +255,7 @@ def compile_specs() -> list[CompileSpec]:
     cases = ((128, 77, "bfloat16", "paged", 4), (128, 64, "float16", "contiguous", 8), (64, 39, "bfloat16", "paged", 1),
              (256, 154, "float16", "paged", 4), (80, 48, "float16", "contiguous", 16))  # fmt: skip
     shapes = [
-        Shape(batch=2, kv_heads=8, tokens=4096, head_dim=dim, kept_channels=kept, dtype=dtype, layout=layout, group=group)
+        Shape(batch=2, kv_heads=8, tokens=1024, head_dim=dim, kept_channels=kept, dtype=dtype, layout=layout, group=group)
         for dim, kept, dtype, layout, group in cases
     ]
     return [spec for shape in shapes for spec in specs_of(_label(shape), run, make_inputs, shape)]
