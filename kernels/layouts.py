@@ -188,19 +188,18 @@ def make_cache(shape: CacheShape, rng: np.random.Generator, device: str | torch.
 
 
 def poison_unused(cache: torch.Tensor, shape: CacheShape, block_table: torch.Tensor | None) -> None:
-    """NaN in every slot past a length, so that a kernel that uses one shows it."""
-    lengths = shape.pair_lengths()
-    if block_table is not None:
-        cache[0] = float("nan")
-    for pair, length in enumerate(lengths):
+    """NaN in every slot that no head holds, so that a kernel that uses one shows it."""
+    unused = torch.ones(cache.shape[:3], dtype=torch.bool, device=cache.device)
+    for pair, length in enumerate(shape.pair_lengths()):
         batch, head = divmod(pair, shape.kv_heads)
         if block_table is None:
-            cache[batch, head, length:] = float("nan")
+            unused[batch, head, :length] = False
             continue
         per_head = block_table.dim() == 3
-        table = block_table[batch, head] if per_head else block_table[batch]
-        blocks = table[-(-length // shape.block_size) :].long()
+        table = (block_table[batch, head] if per_head else block_table[batch]).long()
+        whole, rest = divmod(length, shape.block_size)
         column = 0 if per_head else head
-        cache[blocks[blocks < cache.shape[0]], :, column] = float("nan")
-        if length % shape.block_size:
-            cache[int(table[length // shape.block_size]), length % shape.block_size :, column] = float("nan")
+        unused[table[:whole], :, column] = False
+        if rest:
+            unused[table[whole], :rest, column] = False
+    cache[unused] = float("nan")

@@ -23,25 +23,26 @@ for index, (name, spec) in enumerate(found):
 json.dump(rows, sys.stdout)
 """
 SPILLS = """
-import json, sys
-import triton, triton.language as tl
+import json
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kvsim.kernels.ahead_of_time import Usage, resource_usage
-from tests_kernel import greedy
-source = ASTSource(greedy, {"x_ptr": "*fp32", "WIDTH": "constexpr"}, {(1,): 256}, {(0,): [["tt.divisibility", 16]]})
+from greedy_kernel import greedy
+source = ASTSource(greedy, {"x_ptr": "*fp32"}, {}, {(0,): [["tt.divisibility", 16]]})
 compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 1, "num_stages": 1})
-print(json.dumps(Usage(80, *resource_usage(compiled.asm["cubin"]), compiled.metadata.shared).problems()))
+usage = Usage(80, *resource_usage(compiled.asm["cubin"]), shared_bytes=164 * 1024)
+print(json.dumps([usage.problems(), Usage(90, 255, 0, 164 * 1024).problems()]))
 """
 GREEDY = """
-import triton, triton.language as tl
+import triton
+import triton.language as tl
 
 @triton.jit
-def greedy(x_ptr, WIDTH: tl.constexpr):
-    row, column = tl.arange(0, WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
-    x = tl.load(x_ptr + row * WIDTH + column)
-    y = tl.dot(x, x)
-    tl.store(x_ptr + row * WIDTH + column, y + x)
+def greedy(x_ptr):
+    index = tl.arange(0, 16384)
+    x = tl.load(x_ptr + index)
+    tl.store(x_ptr + index, x - tl.sum(x, 0))
 """
 DOCUMENT = """
 import sys
@@ -90,10 +91,11 @@ def test_every_launch_on_every_target(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_takes_too_much_is_found(tmp_path: Path) -> None:
-    """One warp that holds a tile of 256 KiB spills and asks for more shared memory than an A100 has; the compiler does not mind."""
-    (tmp_path / "tests_kernel.py").write_text(GREEDY)
-    problems = json.loads(compiled(SPILLS, tmp_path))
-    assert any("stack" in problem for problem in problems) and any("shared" in problem for problem in problems)
+    """A warp that holds 512 numbers a thread spills; 164 KiB of shared memory fit sm_90, not sm_80. The compiler minds neither."""
+    (tmp_path / "greedy_kernel.py").write_text(GREEDY)
+    too_much, fits = json.loads(compiled(SPILLS, tmp_path))
+    assert any("spills" in problem for problem in too_much) and any("shared" in problem for problem in too_much)
+    assert fits == []
 
 
 def test_document_is_up_to_date(tmp_path: Path) -> None:
