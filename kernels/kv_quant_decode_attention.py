@@ -48,6 +48,19 @@ LSE_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
 
 
 @triton.jit
+def _as_loaded(x, INTERPRETED: tl.constexpr):
+    """x itself, past an instruction that hides where it came from.
+
+    Triton lays a product's operand out for the width it was loaded with, a byte here, although it passes through
+    registers and shared memory as fp16: then it is read back with plain loads and moves instead of `ldmatrix`.
+    """
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=False, pack=2)
+
+
+@triton.jit
 def quant_split_kernel(
     q_ptr, k_codes_ptr, k_params_ptr, v_codes_ptr, v_params_ptr, table_ptr, lengths_ptr,
     k_quantized_ptr, v_quantized_ptr, k_ring_ptr, v_ring_ptr, out_ptr, lse_ptr,
@@ -87,14 +100,14 @@ def quant_split_kernel(
             table_stride_batch, table_stride_head, k_outer, k_token, k_head, k_params_outer, k_params_row, k_params_head,
             K_BITS, K_IS_FLOAT, K_BY_TOKEN, K_GROUP_SIZE, HEAD_DIM, HEAD_DIM_PADDED, PAGED, BLOCK_SIZE, TILE,
         )  # fmt: skip
-        logits = dot(q_fp16, tl.trans(k), FP32_DOT) * scale_log2
+        logits = dot(q_fp16, tl.trans(_as_loaded(k, FP32_DOT)), FP32_DOT) * scale_log2
         p, maximum, total, rescale = online_softmax(logits, exists, maximum, total)
         v = dequantized_tile(
             v_codes_ptr, v_params_ptr, table_ptr, token, start, exists, codes_end, batch, head,
             table_stride_batch, table_stride_head, v_outer, v_token, v_head, v_params_outer, v_params_row, v_params_head,
             V_BITS, V_IS_FLOAT, V_BY_TOKEN, V_GROUP_SIZE, HEAD_DIM, HEAD_DIM_PADDED, PAGED, BLOCK_SIZE, TILE,
         )  # fmt: skip
-        acc = acc * rescale[:, None] + dot(p.to(tl.float16), v, FP32_DOT)
+        acc = acc * rescale[:, None] + dot(p.to(tl.float16), _as_loaded(v, FP32_DOT), FP32_DOT)
     if HAS_RING:
         k_end = tl.load(k_quantized_ptr + pair)
         full_start = tl.maximum(first, num_codes)

@@ -172,9 +172,9 @@ BAD = (
 
 
 @pytest.mark.parametrize(("name", "change", "named"), BAD, ids=[f"{name}-{named}" for name, _, named in BAD])
-def test_bad_input_is_refused_by_name(name: str, change: Any, named: str, device: str, monkeypatch: Any) -> None:
+def test_bad_input_is_refused_by_name(name: str, change: Any, named: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(decode_attention, "launch", lambda *args, **kwargs: pytest.fail("launched"))
-    inputs = decode_attention.make_inputs(decode_attention.Shape(kv_heads=2, tokens=20), np.random.default_rng(0), device)
+    inputs = decode_attention.make_inputs(decode_attention.Shape(kv_heads=2, tokens=20), np.random.default_rng(0), "cpu")
     bad = change(inputs)
     changed = {"k": bad, "v": bad} if name == "k" else {name: bad}
     with pytest.raises(ValueError, match=rf"^{named}.* must .*; "):
@@ -193,9 +193,9 @@ BAD_SCORES = (
 
 
 @pytest.mark.parametrize(("name", "change", "named"), BAD_SCORES, ids=[f"{name}-{named}" for name, _, named in BAD_SCORES])
-def test_bad_scores_are_refused_by_name(name: str, change: Any, named: str, device: str, monkeypatch: Any) -> None:
+def test_bad_scores_are_refused_by_name(name: str, change: Any, named: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(decode_attention, "launch", lambda *args, **kwargs: pytest.fail("launched"))
     shape = decode_attention_scored.Shape(kv_heads=2, tokens=20)
-    inputs = decode_attention_scored.make_inputs(shape, np.random.default_rng(0), device)
+    inputs = decode_attention_scored.make_inputs(shape, np.random.default_rng(0), "cpu")
     with pytest.raises(ValueError, match=rf"^{named}.* must .*; "):
         decode_attention_scored.run(**{**inputs, name: change(inputs)})
