@@ -195,9 +195,9 @@ def show(scenario: str, overrides: tuple[tuple[str, Any], ...], names: tuple[str
 
 
 @cli.command("list")
-@click.argument("what", type=click.Choice(("gpus", "models", "policies", "engines")))
+@click.argument("what", type=click.Choice(("gpus", "models", "policies", "engines", "profiles")))
 def list_(what: str) -> None:
-    """What there is to choose from: gpus, models, policies or engines."""
+    """What there is to choose from: gpus, models, policies, engines or profiles."""
     from kvsim.reports.catalogue import print_catalogue
 
     print_catalogue(what)

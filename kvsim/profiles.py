@@ -11,10 +11,9 @@ from functools import cache, partial
 from math import exp, log
 from pathlib import Path
 
-from kvsim.catalogue import is_path
+from kvsim.catalogue import is_path, unknown_name
 from kvsim.coordinates import Place, locate
 from kvsim.datasheet import DatasheetProfile
-from kvsim.errors import InputError
 from kvsim.hardware import Gpu, load_gpu
 from kvsim.measured import MeasuredProfile
 from kvsim.ops import DecodeAttention, Op
@@ -148,10 +147,7 @@ def load_profile(name: str, gpu: Gpu, kernels: str, base_dir: Path = Path()) -> 
     elif name in there:
         first = [there[name]]
     else:
-        raise InputError(
-            "profile", name, f"must be auto, datasheet, a path, or one of {', '.join(there) or 'no shipped profiles'}",
-            "see kvsim list profiles",
-        )  # fmt: skip
+        raise unknown_name("profile", name, [AUTO, DATASHEET, *there], "kvsim list profiles")
     if name != AUTO:
         load_profile_file(first[0])  # what is wrong with it is said before anything else
     links = [partial(_link, path, gpu) for path in sorted(first, reverse=True)]

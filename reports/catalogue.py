@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from kvsim.reports.console import print_parts
@@ -13,6 +13,8 @@ from kvsim.schema import field_rows, first_sentence, kind_of
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import RenderableType
+
+    from kvsim.profile_file import TableData
 
 
 def print_catalogue(what: str, file: TextIO | None = None) -> None:
@@ -61,6 +63,32 @@ def engines() -> Iterator[RenderableType]:
     yield _entry("every engine", "Fields of all of them", _fields(Engine))
 
 
+def profiles() -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    from kvsim.profile_file import load_profile_file, shipped
+
+    def error(tables: Mapping[tuple[str, str, int], TableData], kind: str) -> str:
+        """Mean held-out error over the kind's tables, each row counting the same."""
+        chosen = [table for key, table in tables.items() if key[0] == kind]
+        rows = sum(table.num_rows for table in chosen)
+        return f"{sum(table.mape * table.num_rows for table in chosen) / rows:.1%}" if rows else "-"
+
+    rows = []
+    for name, path in shipped().items():
+        found = load_profile_file(path)
+        dtypes = sorted({key[1] for key in found.tables if key[0] == "gemm"})
+        errors = [error(found.tables, kind) for kind in ("gemm", "decode_attention", "prefill_attention")]
+        total = sum(table.num_rows for table in found.tables.values())
+        rows.append((name, f"{total:,}", " ".join(dtypes), *errors, found.source.split(" (")[0]))
+    heads = ("profile", "rows", "GEMM dtypes", "GEMM\nerror", "decode\nerror", "prefill\nerror", "source")
+    yield plain_table("Measured profiles (mean error on shapes that the fit has not seen)", heads, rows)
+    yield Text(
+        "`profile: auto` takes the GPU's profile of the engine's kernels (vllm_v1 and vllm_v0: vllm). What it lacks comes from "
+        "another engine of the GPU, then from the other GPUs scaled by datasheet, then from the datasheet; the report says which."
+    )
+
+
 def _entry(name: str, meaning: str, fields: str) -> RenderableType:
     from rich.console import Group
     from rich.padding import Padding
@@ -75,5 +103,5 @@ def _fields(model: type[BaseModel], base: type[BaseModel] | None = None) -> str:
 
 
 TABLES: dict[str, Callable[[], Iterator[RenderableType]]] = {
-    "gpus": gpus, "models": models, "policies": policies, "engines": engines,
+    "gpus": gpus, "models": models, "policies": policies, "engines": engines, "profiles": profiles,
 }  # fmt: skip
