@@ -226,6 +226,38 @@ def measure(context: click.Context) -> int:
         return stopped.code if isinstance(stopped.code, int) else DONE
 
 
+@calibrate.command("report")
+@click.argument("profile")
+@click.option("--aiconfigurator", "use_package", is_flag=True, help="Compare with the package's rows that it was fitted to.")
+@click.option("--root", metavar="DIR", help="Unpacked aiconfigurator-core; implies --aiconfigurator.")
+@click.option("--csv", metavar="FILE", help="Compare with the rows of a plain CSV.")
+@click.option("--plot", metavar="DIR", help="Write plots of predicted against measured; needs rows to compare with.")
+def calibrate_report(profile: str, use_package: bool, root: str | None, csv: str | None, plot: str | None) -> None:
+    """How wrong PROFILE is, by Op and size: a name of `kvsim list profiles`, or a path."""
+    from pathlib import Path
+
+    from kvsim.calibrate.report_command import Comparison, find_profile, measured_rows, stored_lines
+    from kvsim.reports.console import print_parts
+    from kvsim.reports.tables import plain_table
+
+    found, compares = find_profile(profile), use_package or root is not None or csv is not None
+    if plot is not None and not compares:
+        raise InputError("--plot", plot, "needs rows to compare with", "add --aiconfigurator, --root DIR or --csv FILE")
+    heads = ("op and size", "rows", "shapes", "error", "16-84 % of real/predicted", "2.5-97.5 %")
+    print_parts([plain_table(f"{found.title}: errors on shapes held out", heads, stored_lines(found))], sys.stdout)
+    click.echo(f"{found.source}; made {found.made} by `{found.command}`, rows {found.rows_sha256[:12]}")
+    if not compares:
+        click.echo("No rows to compare with: add --aiconfigurator, --root DIR or --csv FILE.")
+        return
+    rows = measured_rows(found, None if root is None else Path(root), None if csv is None else Path(csv))
+    comparison = Comparison(found, rows)
+    heads = ("op and size", "rows", "mean error", "median", "90 % below", "bias")
+    print_parts([plain_table("The profile's answers beside the rows, shapes it has seen", heads, comparison.lines())], sys.stdout)
+    if plot is not None:
+        for path in comparison.plot(Path(plot), found.title):
+            click.echo(f"wrote {path}", err=True)
+
+
 @calibrate.group("import", no_args_is_help=False)
 def import_() -> None:
     """Turn others' measurements into a profile (docs/profiles.md)."""

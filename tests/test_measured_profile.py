@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from scipy.interpolate import RegularGridInterpolator
 
+from kvsim.api import simulate
 from kvsim.calibrate.build import build, error_classes
 from kvsim.calibrate.fit import fit_rows, fold_numbers, term_specs
 from kvsim.calibrate.grid import TermSpec, evaluate, fit_correction
+from kvsim.calibrate.report_command import Comparison
 from kvsim.calibrate.rows import Import, shape_group
+from kvsim.cli import main
 from kvsim.coordinates import locate
 from kvsim.correction import Correction, Term
 from kvsim.datasheet import DatasheetProfile
@@ -27,6 +30,9 @@ from kvsim.ops import DecodeAttention, Gemm, MixedAttention, Op, PrefillAttentio
 from kvsim.profile import Answer
 from kvsim.profile_file import ProfileFile, dump_profile_file, load_profile_file, shipped
 from kvsim.profiles import load_profile
+from kvsim.result import Band
+from kvsim.scenario import parse_scenario
+from kvsim.uncertainty import error_bands
 
 A100, H100, L4 = (load_gpu(name) for name in ("a100-sxm", "h100-sxm", "l4"))
 DECODE = DecodeAttention(16, 32, 8, 128, kv_slots=16 * 8 * 2000, max_kv_tokens=2000, slot_bytes=512.0)
@@ -309,3 +315,62 @@ def test_a_wider_band_has_the_same_middle() -> None:
     assert (wide[1] + wide[2]) / 2 == pytest.approx(0.01)
     assert (wide[2] - wide[1]) / 2 == pytest.approx(math.hypot(0.06, 0.1))
     assert widened(q, 0.0) == pytest.approx(q)
+
+
+# -- the report and error bands -----------------------------------------------------------------------------------------
+
+
+def test_the_report_of_a_profile(
+    profile: ProfileFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(dump_profile_file(profile))
+    assert main(["calibrate", "report", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "gemm 16bit m<=16" in told and "No rows to compare with" in told
+    assert main(["calibrate", "report", str(path), "--plot", str(tmp_path / "plots")]) == 2
+    assert "needs rows to compare with" in capsys.readouterr().err and not (tmp_path / "plots").exists()
+    assert main(["calibrate", "report", "no-such"]) == 2
+    assert "see kvsim list profiles" in capsys.readouterr().err
+
+
+def test_a_comparison_with_rows_and_its_plots(profile: ProfileFile, tmp_path: Path) -> None:
+    rows = made_up(A100, 0.03, np.random.default_rng(3)).rows
+    comparison = Comparison(profile, rows)
+    assert len(comparison.measured_s) == len(rows)
+    assert np.median(np.abs(comparison.predicted_s / comparison.measured_s - 1)) < 0.05
+    written = comparison.plot(tmp_path / "plots", "made up")
+    assert {path.name for path in written} == {path.name for path in (tmp_path / "plots").iterdir()}
+    assert all(path.stat().st_size > 10_000 for path in written)
+
+
+def tiny_scenario(**more: Any) -> Any:
+    return parse_scenario({
+        "gpu": "a100-sxm", "model": "llama-3.1-8b", "engine": {"kind": "vllm_v1", "max_model_len": 4096},
+        "workload": {
+            "arrivals": {"kind": "poisson", "rate_per_s": 4}, "num_requests": 20,
+            "lengths": {"kind": "fixed", "prompt_tokens": 300, "output_tokens": 20},
+        },
+        "policies": {"full": [], "again": [], "snapkv": [{"kind": "snapkv", "budget_tokens": 128}]}, **more,
+    }, Path())  # fmt: skip
+
+
+def test_error_bands_share_draws_and_do_not_depend_on_processes() -> None:
+    bands = error_bands(tiny_scenario(), 4)
+    assert bands == error_bands(tiny_scenario(), 4, jobs=2)
+    for gain in ("tpot_x", "ttft_x", "e2e_x", "output_tokens_x"):  # the same cache gains nothing in any draw
+        assert bands["again"].by_metric[gain] == Band(1.0, 1.0, 1.0, 1.0, 1.0)
+    tpot = bands["full"].by_metric["tpot_p50_s"]
+    assert tpot.p2_5 < tpot.p16 < tpot.p84 < tpot.p97_5
+    assert error_bands(tiny_scenario(workload={**tiny_scenario().workload.model_dump(exclude_none=True), "seed": 1}), 4) != bands
+
+
+def test_certain_profiles_have_bands_without_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvsim.uncertainty.draw_biases", lambda log_biases, rng: dict.fromkeys(log_biases, 1.0))
+    bands = error_bands(tiny_scenario(), 3)
+    truth = simulate(tiny_scenario()).policies["snapkv"].summary
+    assert set(vars_of(bands["snapkv"].by_metric["tpot_p50_s"])) == {truth.tpot.p50_s}
+
+
+def vars_of(band: Band) -> tuple[float, ...]:
+    return band.p2_5, band.p16, band.p50, band.p84, band.p97_5
