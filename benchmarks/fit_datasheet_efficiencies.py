@@ -48,7 +48,7 @@ KINDS: Mapping[str, Bounds] = {
         "launch_s": (1e-5, 1e-6, 5e-5), "compute_frac": (0.6, 0.2, 1.05), "memory_frac": (0.5, 0.05, 1.0),
         "walk_frac": (0.4, 0.0, 2.0),
     },
-    "elementwise": {"launch_s": (3e-6, 1e-7, 2e-5), "memory_frac": (0.7, 0.1, 1.0)},
+    "elementwise": {"launch_cycles": (4000.0, 100.0, 40000.0), "memory_frac": (0.7, 0.1, 1.0)},
     "collective.link": {
         "graph_s": (4e-6, 1e-7, 5e-5), "eager_s": (2e-5, 1e-6, 1e-4), "per_doubling_s": (1e-6, 1e-8, 1e-5),
         "bus_frac": (0.7, 0.2, 1.1),

@@ -94,7 +94,7 @@ class DatasheetProfile:
         self._format_classes: dict[str, str] = {}
         self._mixed_reread = e["mixed_attention.reread_frac"]
         self._mixed_block_s = e["mixed_attention.block_s"] / gpu.num_sms
-        self._elementwise_launch_s = e["elementwise.launch_s"]
+        self._elementwise_launch_s = e["elementwise.launch_cycles"] / gpu.boost_clock_hz
         self._elementwise_bytes_per_s = e["elementwise.memory_frac"] * self._hbm
         self._policy_bytes_per_s = e["policy.memory_frac"] * self._hbm
         self._policy_flops_per_s = e["policy.compute_frac"] * self._peak_16bit

@@ -16,7 +16,7 @@ from kvsim.coordinates import Place, locate
 from kvsim.datasheet import DatasheetProfile
 from kvsim.hardware import Gpu, load_gpu
 from kvsim.measured import MeasuredProfile
-from kvsim.ops import DecodeAttention, Op
+from kvsim.ops import DecodeAttention, Elementwise, Op
 from kvsim.profile import Answer, LogBias, Profile
 from kvsim.profile_file import load_profile_file, shipped
 
@@ -39,7 +39,8 @@ class Neighbours:
         self.name = f"{profiles[0].name} and {len(profiles) - 1} more, scaled by datasheet"
 
     def knows(self, place: Place, exactly: bool) -> bool:
-        return any(profile.knows(place, exactly) for profile in self._profiles)
+        """Element-wise Ops are left to the datasheet profile, whose constants come from more GPUs than have tables of them."""
+        return place.kind != Elementwise.kind and any(profile.knows(place, exactly) for profile in self._profiles)
 
     def _asked(self, op: Op) -> list[tuple[MeasuredProfile, float]]:
         """Those with a table of the Op's very dtype, or else of another, with weights that sum to 1."""

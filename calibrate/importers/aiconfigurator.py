@@ -2,13 +2,16 @@
 
 Times there are milliseconds per launch. Traps that this reader knows: all-reduce sizes are elements of 2 bytes; `step` counts the
 tokens before the new one; KV heads of 0 mean as many as query heads; sliding-window rows and rows of special-purpose kernels
-(block-scaled fp8 GEMMs, fp8 attention arithmetic) are other Ops than ours.
+(block-scaled fp8 GEMMs, fp8 attention arithmetic) are other Ops than ours. TensorRT-LLM's fp8 GEMM rows find the scale of their input
+first, by unfused operators (7 us at least); its fp8 checkpoints bring that scale along (ModelOpt's static per-tensor recipe), so the
+time of finding it, which the package lists apart (`computescale_perf`), is taken off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata, util
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,10 @@ MAX_QUERIES_PER_KV = 32
 """Head groups beyond any model of the catalogue (tensor parallelism included) are left out of the fit."""
 HEAD_DIMS = (64, 80, 96, 112, 128, 256)
 """Head sizes of attention as we model it; 192 and 512 there are compressed-latent and other special ones."""
+STATIC_SCALES = ("trtllm",)
+"""Engines whose fp8 checkpoints bring the scales of activations along."""
+MOST_OF_A_ROW = 0.7
+"""No more than this share of a row is taken off: both times are noisy."""
 LEAST_MATRIX = 128
 """No weight of a model is smaller than this in either direction."""
 
@@ -85,6 +92,8 @@ def read(gpu: Gpu, engine: str, version: str | None = None, root: Path | None = 
         have = ", ".join(f"{engine}=={v}" for v in there[engine])
         raise InputError("--engine", f"{engine}=={version}", f"must be a version measured on {gpu.name}: {have}")
     found = Import(engine, version, f"aiconfigurator-core {package} (Apache-2.0, NVIDIA), {SYSTEMS[gpu.name]}")
+    quantize = folder / "quantize" / engine / version / "computescale_perf.parquet"
+    scales = _scale_finding(quantize) if engine in STATIC_SCALES else None
     for path, read_row in (
         (folder / "gemm" / engine / version / "gemm_perf.parquet", _gemm),
         (folder / "attention" / engine / version / "generation_attention_perf.parquet", _decode),
@@ -96,8 +105,26 @@ def read(gpu: Gpu, engine: str, version: str | None = None, root: Path | None = 
         for number, cells in _rows(path):
             made = read_row(cells)
             if made is not None:
-                found.add(made, float(cells["latency"]) * 1e-3, _where(path, cells, number), gpu)
+                seconds = float(cells["latency"]) * 1e-3
+                if scales is not None and isinstance(made, Gemm) and made.weight_dtype == "fp8":
+                    seconds -= min(scales(made.m, made.k), MOST_OF_A_ROW * seconds)
+                found.add(made, seconds, _where(path, cells, number), gpu)
     return found
+
+
+def _scale_finding(path: Path) -> Callable[[int, int], float] | None:
+    """Seconds that finding the scale of an [m, k] input takes: the row of the nearest sizes by ratio; None without a table."""
+    if not path.exists():
+        return None
+    table = {(int(cells["m"]), int(cells["k"])): float(cells["latency"]) * 1e-3 for _, cells in _rows(path)}
+    rows, columns = sorted({m for m, _ in table}), sorted({k for _, k in table})
+
+    def seconds(m: int, k: int) -> float:
+        near_m = min(rows, key=lambda other: abs(log2(other / m)))
+        near_k = min(columns, key=lambda other: abs(log2(other / k)))
+        return table.get((near_m, near_k), 0.0)
+
+    return seconds
 
 
 def _collectives(folder: Path, engine: str, version: str) -> Path | None:
