@@ -23,6 +23,10 @@ what the correction of measured tables varies by over an octave (assumed; the ph
 DTYPE_SIGMA = 0.15
 """Further standard deviation where another dtype's table is carried over by the physics: fp8 KV against bf16 KV of the same engine
 and GPU differs from the physics' ratio by 8-19 % in the H100 tables."""
+DVFS_EXPONENT = 0.4
+"""Under a power limit power goes with clock x voltage squared and voltage nearly with clock, P ~ f^2.5, so clocks go with P^0.4. From an
+L40S (350 W, 64 % of its peak in GEMMs) this says 97 % for an RTX 4090 (450 W for half the peak), which measures 98 %."""
+MOST_OF_PEAK = 1.0
 CONTEXT = AXES[DecodeAttention.kind].index("context")
 
 
@@ -45,11 +49,14 @@ class MeasuredProfile:
     ) -> None:
         self.content, self.gpu = content, gpu
         self._extra_sigma, self._carried = extra_sigma, carried
+        self.same_generation = gpu.compute_capability == measured_on.compute_capability
         efficiencies = load_efficiencies()
         known = {name: value for name, value in content.efficiencies.items() if name in efficiencies.values}
         # Latencies inside a kernel are cycles: fitted ones of A100, H100 and L40S go with 1 / boost clock to within some 10 %.
         cycles = measured_on.boost_clock_hz / gpu.boost_clock_hz
         known = {name: value * cycles if _is_latency(name) else value for name, value in known.items()}
+        power = _sustained_clock(gpu, measured_on)
+        known = {name: min(value * power, MOST_OF_PEAK) if name.endswith("compute_frac") else value for name, value in known.items()}
         self.physics = DatasheetProfile(gpu, efficiencies.replaced(known))
         self._shift = log2(measured_on.num_sms / gpu.num_sms)
         self._corrections = {key: self._correction(key) for key in content.tables}
@@ -227,3 +234,11 @@ def widened(quantiles: LogBias, sigma: float) -> LogBias:
 def _is_latency(name: str) -> bool:
     """Whether a physical constant is time spent inside a kernel, whatever it moves or computes."""
     return name.endswith("_s") and not name.startswith(("host.", "collective.", "copy."))
+
+
+def _sustained_clock(gpu: Gpu, measured_on: Gpu) -> float:
+    """How much more of its peak a GPU sustains than another of its generation, by board power per peak FLOP/s."""
+    if gpu.name == measured_on.name or gpu.compute_capability != measured_on.compute_capability:
+        return 1.0
+    here, there = (one.board_power_w / one.peak_flops("bf16") for one in (gpu, measured_on))
+    return float((here / there) ** DVFS_EXPONENT)

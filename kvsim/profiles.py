@@ -16,7 +16,7 @@ from kvsim.coordinates import Place, locate
 from kvsim.datasheet import DatasheetProfile
 from kvsim.hardware import Gpu, load_gpu
 from kvsim.measured import MeasuredProfile
-from kvsim.ops import DecodeAttention, Elementwise, Op
+from kvsim.ops import DecodeAttention, Elementwise, Gemm, Op
 from kvsim.profile import Answer, LogBias, Profile
 from kvsim.profile_file import load_profile_file, shipped
 
@@ -51,6 +51,8 @@ class Neighbours:
             pairs = list(zip(self._profiles, self._weights, strict=True))
             able = [(profile, weight) for profile, weight in pairs if profile.knows(place, True)]
             able = able or [(profile, weight) for profile, weight in pairs if profile.knows(place, False)]
+            if place.kind == Gemm.kind:  # power limits matrix rates, and power compares within a generation only
+                able = [pair for pair in able if pair[0].same_generation] or able
             total = sum(weight for _, weight in able)
             found = self._chosen[place[:3]] = [(profile, weight / total) for profile, weight in able]
         return found

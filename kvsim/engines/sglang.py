@@ -1,6 +1,7 @@
 """SGLang: prefill batches before decode batches, admission by an estimate of what running requests will still need.
 
-After `python/sglang/srt/managers/scheduler.py` and `schedule_policy.py`: while requests wait and fit, the next batch is a prefill of
+After `python/sglang/srt/managers/scheduler.py` and `schedule_policy.py` (memory: `server_args.py`, where mem_fraction_static is
+reckoned): while requests wait and fit, the next batch is a prefill of
 up to chunked_prefill_size tokens and decodes stall (no mixed chunks by default); a prompt that does not fit whole goes on in the next
 prefill. A request fits when the pool covers it beside new_token_ratio of what the running ones may still generate; the ratio decays
 with every decode step, and jumps when the pool runs dry and requests are retracted (recomputed later).
@@ -19,19 +20,13 @@ from kvsim.batch import Sequence
 from kvsim.cost_types import Chunk
 from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
 from kvsim.engines.scheduler import Scheduler, Step
-from kvsim.engines.vllm_memory import collective_line, forward_bytes
 from kvsim.model import Model
 from kvsim.ops import HostWork
 from kvsim.policies.compose import CachePlan
 from kvsim.pool import BlockPool
 from kvsim.requests import Request
-from kvsim.units import GIB
+from kvsim.units import MIB
 
-_LOGIT_BYTES = 10
-_NON_TORCH_BYTES = int(0.5 * GIB)
-"""cuBLAS workspaces, FlashInfer buffers (384 MiB by default), loaded kernels; assumed."""
-_GRAPH_BYTES = int(1.0 * GIB)
-"""Captured decode graphs: start-up logs of 8B models say 0.9-1.5 GiB; assumed."""
 _INITIAL_RATIO, _LEAST_RATIO, _DECAY_STEPS = 0.7, 0.098, 600
 """SGLANG_INIT_NEW_TOKEN_RATIO 0.7, times SGLANG_MIN_NEW_TOKEN_RATIO_FACTOR 0.14 at least, over 600 decode steps
 (python/sglang/global_config.py)."""
@@ -47,6 +42,9 @@ class SgLang(Engine):
     chunked_prefill_size_tokens: int = Field(8192, gt=0, description="most prompt tokens of a prefill batch")
     page_size_tokens: int = Field(1, gt=0, description="tokens of a KV page")
     num_gpu_blocks: int | None = Field(None, gt=0, description="the engine's own number of pages, in place of the ledger's")
+    gpu_memory_utilization: float = Field(
+        1.0, gt=0, le=1, description="of GPU memory; mem_fraction_static follows from what the engine reserves"
+    )
     overlap_schedule: bool = Field(True, description="the host prepares a batch while the device runs the one before")
 
     capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 257, 8))
@@ -66,14 +64,9 @@ class SgLang(Engine):
         return tuple(work[:2]), (work[2], *work[4:]), (work[3],)
 
     def memory_lines(self, model: Model, tp: int, weight_dtype: str) -> tuple[MemoryLine, ...]:
-        tokens = self.chunked_prefill_size_tokens
-        logits = self.max_running_requests * model.vocab_size * _LOGIT_BYTES
-        return (
-            MemoryLine(ACTIVATIONS, forward_bytes(model, tp, tokens) + logits, f"a prefill batch of {tokens} tokens, and logits"),
-            MemoryLine("non-torch memory", _NON_TORCH_BYTES, "assumed"),
-            *collective_line(tp),
-            MemoryLine("CUDA graphs", 0 if self.enforce_eager else _GRAPH_BYTES, "assumed; outside the utilization", True),
-        )
+        mib = 512 + 1.5 * max(self.chunked_prefill_size_tokens, 2048) + 2 * self.capture_sizes[-1] + 128 * tp
+        note = "SGLang's own reckoning: 512 MiB, 1.5 MiB a token of a prefill batch, 2 MiB a captured batch size, 128 MiB a GPU"
+        return (MemoryLine(ACTIVATIONS, int(mib * MIB), note),)
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
         return _SgLangScheduler(self, pool, plan)

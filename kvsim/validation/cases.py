@@ -1,0 +1,81 @@
+"""What a validation compares: a case is a scenario and what was measured in it, a row is one number beside its prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvsim.result import PolicyResult
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A measured number. metric: a key of METRICS."""
+
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One experiment. scenario: plain data with one policy, as a scenario file would hold it. group: rows that share a bar.
+
+    naive: predictions by model name and metric, made without simulating. source: where the truth was published or measured.
+    """
+
+    suite: str
+    group: str
+    name: str
+    scenario: Mapping[str, Any]
+    truths: tuple[Truth, ...]
+    source: str
+    naive: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number: measured, predicted, and what naive models say. predicted is NaN where kvsim refused; `note` says why."""
+
+    suite: str
+    group: str
+    case: str
+    metric: str
+    truth: float
+    predicted: float
+    source: str
+    naive: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def error(self) -> float:
+        """predicted / measured - 1."""
+        return self.predicted / self.truth - 1.0
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a suite must show: a statistic of the errors of one metric in some groups, and its limit."""
+
+    suite: str
+    text: str
+    value: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.limit
+
+
+def _total_tokens_per_s(result: PolicyResult) -> float:
+    return result.summary.total_tokens_per_s
+
+
+METRICS = {
+    "tpot_ms": lambda result: result.summary.tpot.mean_s * 1e3,
+    "ttft_ms": lambda result: result.summary.ttft.mean_s * 1e3,
+    "total_tok_s": _total_tokens_per_s,
+    "output_tok_s": lambda result: result.summary.output_tokens_per_s,
+    "max_batch": lambda result: float(result.summary.max_decode_batch_sequences),
+}
+"""Of a simulated policy, in the units that the sources use."""

@@ -1,0 +1,77 @@
+"""Runs suites: cases over processes, rows in a fixed order, and the bars they meet or miss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from kvsim.api import simulate
+from kvsim.errors import KvsimError
+from kvsim.scenario import parse_scenario
+from kvsim.validation import keyformer, kv_compress, memory, requests, silicon
+from kvsim.validation.cases import METRICS, Bar, Case, Row
+
+SUITES = ("memory", "published", "requests", "silicon")
+NEEDS_MEASURED = {"requests": "vllm_rtx4090_requests.csv", "silicon": "h100_silicon_dense.csv"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows and bars of the suites that ran; skipped: why others did not."""
+
+    rows: tuple[Row, ...]
+    bars: tuple[Bar, ...]
+    skipped: tuple[str, ...]
+
+
+def run_case(case: Case) -> list[Row]:
+    """One row for each truth; where kvsim refuses the scenario its rows carry NaN and the reason."""
+    try:
+        result = next(iter(simulate(parse_scenario(case.scenario)).policies.values()))
+        predicted, note = {truth.metric: METRICS[truth.metric](result) for truth in case.truths}, ""
+    except KvsimError as error:
+        predicted, note = dict.fromkeys((truth.metric for truth in case.truths), float("nan")), str(error)
+    return [
+        Row(
+            case.suite, case.group, case.name, truth.metric, truth.value, predicted[truth.metric], case.source,
+            {name: values[truth.metric] for name, values in case.naive.items() if truth.metric in values}, note,
+        )
+        for truth in case.truths
+    ]  # fmt: skip
+
+
+def run_cases(cases: Sequence[Case], jobs: int) -> list[Row]:
+    """In the order of the cases, whatever the number of processes."""
+    if jobs == 1 or len(cases) < 2:
+        return [row for case in cases for row in run_case(case)]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return [row for rows in pool.map(run_case, cases, chunksize=4) for row in rows]
+
+
+def validate(suites: Sequence[str], measured: Path, jobs: int = 1, quick: bool = False) -> Report:
+    """Runs some of SUITES. measured: folder of the measured data; suites that need it are skipped where it is absent."""
+    rows: list[Row] = []
+    bars: list[Bar] = []
+    skipped = []
+    for suite in suites:
+        needed = NEEDS_MEASURED.get(suite)
+        if needed is not None and not (measured / needed).exists():
+            skipped.append(f"{suite}: {measured / needed} is absent (see --measured)")
+            continue
+        if suite == "memory":
+            found = memory.rows()
+            bars += memory.bars(found)
+        elif suite == "requests":
+            found = requests.rows(measured)
+            bars += requests.bars(found)
+        elif suite == "silicon":
+            found = run_cases(silicon.cases(measured, quick), jobs)
+            bars += silicon.bars(found)
+        else:
+            found = run_cases([*kv_compress.cases(quick), *keyformer.cases()], jobs)
+            bars += [*kv_compress.bars(found), *keyformer.bars(found)]
+        rows += found
+    return Report(tuple(rows), tuple(bars), tuple(skipped))
