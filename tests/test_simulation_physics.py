@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvsim.api import build_plan, deploy, run_policy
+from kvsim.api import build_plan, deploy, run_policy, simulate
 from kvsim.catalogue import DATA
 from kvsim.cost import StepCosts
 from kvsim.cost_types import Chunk
+from kvsim.errors import InputError
 from kvsim.memory import Ledger
 from kvsim.policies.compose import CachePlan
 from kvsim.recording import RunLog
@@ -365,3 +366,35 @@ def test_eager_launches_are_never_faster() -> None:
 def test_the_same_scenario_gives_the_same_log() -> None:
     one, two = (run(poisson(10, 100), {"kind": "kivi"}, num_gpu_blocks=800).log for _ in range(2))
     assert one.requests == two.requests and one.steps == two.steps and one.op_ps == two.op_ps
+
+
+def test_prompts_that_may_not_be_split_must_fit_one_iteration() -> None:
+    def scenario(**engine: Any) -> Scenario:
+        return parse_scenario({
+            "gpu": "a100-sxm", "model": "llama-3.1-8b", "engine": {"kind": "trtllm", "max_num_tokens": 256, **engine},
+            "workload": {
+                "arrivals": {"kind": "all_at_once"}, "num_requests": 3,
+                "lengths": {"kind": "fixed", "prompt_tokens": 300, "output_tokens": 5},
+            },
+            "policies": {"full": []},
+        }, Path())  # fmt: skip
+
+    with pytest.raises(InputError, match=r"must be at most the engine.s 256 tokens a step.*chunked_context: true"):
+        simulate(scenario())
+    assert simulate(scenario(chunked_context=True)).policies["full"].summary.num_requests == 3
+
+
+def test_trtllm_promises_what_it_can_keep() -> None:
+    """13 blocks of 32 tokens: a request of 100 + 60 tokens may hold 5, so two run at once and nobody is preempted."""
+    data = {
+        "gpu": "a100-sxm", "model": "llama-3.1-8b", "engine": {"kind": "trtllm", "num_gpu_blocks": 13},
+        "workload": {
+            "arrivals": {"kind": "all_at_once"}, "num_requests": 6,
+            "lengths": {"kind": "fixed", "prompt_tokens": 100, "output_tokens": 60},
+        },
+        "policies": {"full": []},
+    }  # fmt: skip
+    kept = simulate(parse_scenario(data, Path())).policies["full"].summary
+    assert (kept.max_running_requests, kept.num_preemptions) == (2, 0)
+    greedy = simulate(parse_scenario({**data, "engine": {**data["engine"], "capacity_policy": "max_utilization"}}, Path()))
+    assert greedy.policies["full"].summary.num_preemptions > 0
