@@ -27,8 +27,8 @@ TAIL = """
   front end seems to take), and vLLM's means lie between those of a burst and of a steady closed loop.
 - **SGLang on one GPU** held fewer tokens than its own memory formula leaves, so its queue was longer: TTFT 82 % too low there.
 - **TensorRT-LLM, 8B over 8 GPUs** is limited by its host; kvsim assumes host work (0.8 ms and 6 us a sequence, hidden behind the device).
-- **Keyformer's absolute rates** are 33 % too high: what Hugging Face's `cat`, `index_select` and softmax chain reach of the bandwidth is not
-  measured on an A100 yet. The speed-ups, all six, are within 12 %.
+- **Keyformer's absolute rates** are 33 % too high: what Hugging Face's `cat`, `index_select` and softmax chain reach of the bandwidth
+  is not measured on an A100 yet. The speed-ups, all six, are within 12 %.
 - **Not modelled**: FlexGen (H2O's A100 logs, T4 offloading rows). KIVI's and ThinK's headlines are not scored.
 
 A peer simulator over the same kernel tables reported TPOT 13.1 % and TTFT 53.9 % on 562 of the H100 rows; a peer with a profile of every
