@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from kvsim.cli import BAD_INPUT, DONE, main
+from kvsim.cli import main
+from kvsim.commands.exit_codes import BAD_INPUT, DONE
 
 SCENARIO = """\
 gpu: a100-sxm-80gb

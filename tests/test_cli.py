@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 import kvsim
-from kvsim import cli
-from kvsim.cli import DONE, INTERRUPTED, PIPE_CLOSED, main
+from kvsim.cli import main
+from kvsim.commands.catalogue import list_
+from kvsim.commands.exit_codes import DONE, INTERRUPTED, PIPE_CLOSED
+from kvsim.commands.run import SECTION_NAMES
 
 SCENARIO = """\
 name: tiny
@@ -81,8 +83,8 @@ def test_constants_that_spare_an_import_are_true() -> None:
     from kvsim.reports.catalogue import TABLES
     from kvsim.reports.terminal import SECTIONS
 
-    assert tuple(SECTIONS) == cli.SECTION_NAMES
-    assert list(TABLES) == list(cli.list_.params[0].type.choices)
+    assert tuple(SECTIONS) == SECTION_NAMES
+    assert list(TABLES) == list(list_.params[0].type.choices)
 
 
 # -- run -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from types import ModuleType
 import pytest
 import yaml
 
-from kvsim.cli import EXIT_CODES, main
+from kvsim.cli import main
+from kvsim.commands.exit_codes import EXIT_CODES
 from kvsim.scenario import Scenario
 from kvsim.workload import WorkloadConfig
 

@@ -1,0 +1,14 @@
+"""`kvsim list`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("list")
+@click.argument("what", type=click.Choice(("gpus", "models", "policies", "engines", "profiles")))
+def list_(what: str) -> None:
+    """What there is to choose from: gpus, models, policies, engines or profiles."""
+    from kvsim.reports.catalogue import print_catalogue
+
+    print_catalogue(what)

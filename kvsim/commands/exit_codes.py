@@ -1,0 +1,14 @@
+"""What `kvsim` exits with."""
+
+DONE, BUG, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+MISSED = 1
+"""Of `kvsim validate`: some bar is missed. A bug ends with 1 too, and a traceback."""
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    a bug in kvsim: it ends with a traceback, please report it
+  2    bad input: one line on standard error says field, value, rule and fix;
+       nothing has been written
+  130  interrupted (Ctrl-C); nothing has been written
+  141  the reader of the output closed the pipe, as `| head` does
+"""

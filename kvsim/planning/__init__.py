@@ -1,0 +1,1 @@
+"""Capacity planning: which policy, how many of which GPU, at what cost and risk (`kvsim plan`)."""
