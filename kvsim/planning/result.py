@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from kvsim.frozen import Frozen
 
 Binding = Literal["compute", "hbm_bandwidth", "kv_capacity", "host", "interconnect", "latency"]
@@ -101,7 +103,7 @@ class Option(Frozen):
     quality: PublishedQuality | None = None
     probes: tuple[Probe, ...] = ()
     ledger: tuple[LedgerEntry, ...] = ()
-    op_share_frac: dict[str, float] = {}
+    op_share_frac: dict[str, float] = Field(default_factory=dict)
     basis: tuple[BasisEntry, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     flags: tuple[str, ...] = ()
