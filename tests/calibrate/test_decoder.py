@@ -1,0 +1,323 @@
+"""The real decoder: against Hugging Face, against the kernels' references, and its cache against what simulations predict."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from kvsim.calibrate.decoder.decoder import CachedSequence, Decoder  # noqa: E402
+from kvsim.calibrate.decoder.spec import DecoderSpec, spec_from_hf, spec_of  # noqa: E402
+from kvsim.calibrate.decoder.storage import OutOfBlocks  # noqa: E402
+from kvsim.calibrate.decoder.transformer import Transformer  # noqa: E402
+from kvsim.calibrate.decoder.weights import hf_weights, random_weights  # noqa: E402
+from kvsim.errors import InputError  # noqa: E402
+from kvsim.kernels import decode_attention, prefill_scores, select  # noqa: E402
+from kvsim.model import Model, load_model  # noqa: E402
+from kvsim.policies.ada_kv import AdaKV  # noqa: E402
+from kvsim.policies.base import CacheShape, Policy, SequenceShape  # noqa: E402
+from kvsim.policies.compose import CachePlan, Composition  # noqa: E402
+from kvsim.policies.h2o import H2O  # noqa: E402
+from kvsim.policies.keyformer import Keyformer  # noqa: E402
+from kvsim.policies.kivi import KIVI  # noqa: E402
+from kvsim.policies.kv_compress import KVCompress  # noqa: E402
+from kvsim.policies.kv_quant import KVQuant  # noqa: E402
+from kvsim.policies.pyramid_kv import PyramidKV  # noqa: E402
+from kvsim.policies.scissorhands import Scissorhands  # noqa: E402
+from kvsim.policies.snapkv import SnapKV  # noqa: E402
+from kvsim.policies.streaming_llm import StreamingLLM  # noqa: E402
+from kvsim.policies.think import ThinK  # noqa: E402
+from kvsim.policies.window import Window  # noqa: E402
+
+TINY = Model("tiny", 3, 64, 4, 2, 64, 96, 101, 4096)
+POOL_BYTES = 8_000_000
+SPREAD = 0.2
+"""Of random matrices: with transformers' 0.02 attention is so even that every policy keeps the same tokens by accident."""
+
+STEADY: dict[str, list[Policy]] = {
+    "full": [],
+    "h2o": [H2O(kept_frac=0.4)],
+    "keyformer": [Keyformer(kept_frac=0.5)],
+    "scissorhands": [Scissorhands(budget_tokens=40, recent_tokens=4, history_window_tokens=20)],
+    "scissorhands, later layers": [
+        Scissorhands(budget_tokens=40, recent_tokens=4, history_window_tokens=20, later_layer_weight=2.0)
+    ],
+    "snapkv": [SnapKV(budget_tokens=32, window_tokens=8)],
+    "pyramid_kv": [PyramidKV(budget_tokens=32, window_tokens=8)],
+    "streaming_llm": [StreamingLLM(sink_tokens=4, window_tokens=28)],
+    "window": [Window(window_tokens=32)],
+    "int4": [KVQuant(dtype="int4")],
+    "int8 by token": [KVQuant(dtype="int8", scales="token")],
+    "fp8": [KVQuant(dtype="fp8")],
+    "kivi2": [KIVI(bits=2, residual_tokens=32, group_size_tokens=16)],
+    "kivi4": [KIVI(bits=4, residual_tokens=16, group_size_tokens=16)],
+    "think": [ThinK(recent_tokens=8)],
+    "snapkv + think": [SnapKV(budget_tokens=32, window_tokens=8), ThinK(recent_tokens=8)],
+    "snapkv + think + int8": [SnapKV(budget_tokens=32, window_tokens=8), ThinK(recent_tokens=8), KVQuant(dtype="int8")],
+    "pyramid_kv + think": [PyramidKV(budget_tokens=32, window_tokens=8), ThinK(recent_tokens=8)],
+    "h2o + fp8": [H2O(budget_tokens=30), KVQuant(dtype="fp8")],
+    "keyformer + int4": [Keyformer(kept_frac=0.5), KVQuant(dtype="int4")],
+    "scissorhands + int4": [
+        Scissorhands(budget_tokens=40, recent_tokens=4, history_window_tokens=20), KVQuant(dtype="int4")
+    ],
+    "streaming_llm + int8": [StreamingLLM(sink_tokens=4, window_tokens=28), KVQuant(dtype="int8")],
+}  # fmt: skip
+UNEVEN: dict[str, list[Policy]] = {
+    "ada_kv": [AdaKV(budget_tokens=32, window_tokens=8, head_shares=(1.0,))],
+    "ada_kv + int8": [AdaKV(budget_tokens=32, window_tokens=8, head_shares=(1.0,)), KVQuant(dtype="int8")],
+    "kv_compress": [KVCompress(compression_ratio=2, min_kept_tokens=32, protected_tokens=16, head_shares=(1.0,))],
+    "kv_compress, interval 4": [
+        KVCompress(compression_ratio=2, min_kept_tokens=32, protected_tokens=16, interval_steps=4, head_shares=(1.0,))
+    ],
+    "keyformer, code's schedule": [Keyformer(kept_frac=0.5, schedule="code")],
+}  # fmt: skip
+"""Whose heads differ as the data has it, or whose blocks are reserved for a whole tooth: equal on average, or bounded."""
+
+
+def transformer(model: Model = TINY, spread: float = SPREAD) -> Transformer:
+    spec = spec_of(model)
+    return Transformer(spec, random_weights(spec, torch.float32, "cpu", 0, spread))
+
+
+def plan_of(policies: list[Policy], model: Model = TINY, block_size: int = 16) -> CachePlan:
+    shape = CacheShape(model.num_layers, model.num_q_heads, model.num_kv_heads, model.head_dim, 2.0, block_size)
+    return CachePlan(Composition(policies), shape, "bf16")
+
+
+def tokens(number: int, seed: int = 0, vocab: int = 101) -> torch.Tensor:
+    return torch.randint(0, vocab, (number,), generator=torch.Generator().manual_seed(seed))
+
+
+def held_bytes(sequence: CachedSequence, plan: CachePlan) -> float:
+    """Real bytes of keys and values, and the state that the policies declare for the blocks that are held."""
+    shape, policies = plan.shape, plan.composition.policies
+    per_block = sum(p.state_bytes_per_slot(shape) * shape.block_size_tokens + p.state_bytes_per_block(shape) for p in policies)
+    blocks = sum(rows.num_blocks for layer in sequence.layers for rows in (layer.full, layer.pruned) if rows is not None)
+    rings = sum(layer.ring.num_bytes for layer in sequence.layers if layer.ring is not None)
+    reserved_rings = -(-rings // plan.unit_bytes) * plan.unit_bytes  # the pool reserves them in whole units
+    return sequence.held_bytes() - rings + reserved_rings + per_block * blocks
+
+
+# -- the cache is what simulations say --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*STEADY, *UNEVEN])
+@pytest.mark.parametrize("prompt", [20, 75])
+def test_every_policy_holds_the_predicted_tokens_and_bytes(name: str, prompt: int) -> None:
+    """Step by step over 40 steps, prompts below and above the budgets, computed in two chunks."""
+    policies = (STEADY | UNEVEN)[name]
+    plan = plan_of(policies)
+    decoder = Decoder(transformer(), plan, POOL_BYTES)
+    sequence, seq = decoder.open(prompt, max_steps=40), SequenceShape(prompt, prompt)
+    ids, rule = tokens(prompt), plan.composition.tokens
+    decoder.step([(sequence, ids[:13])], [])
+    logits = decoder.step([(sequence, ids[13:])], [])
+    held, all_reserved, resident = [], [], []
+    for step in range(1, 41):
+        logits = decoder.step([], [(sequence, int(logits[0].argmax()))])
+        assert torch.isfinite(logits).all()
+        real = sum(map(sum, sequence.lengths()))
+        predicted = sum(group.num_pairs * rule.resident(seq, group, step).value for group in plan.groups)
+        segment = plan.segment(prompt, prompt, step)
+        reserved = plan.lane_held(segment.tokens, segment.d_tokens, 1) * plan.unit_bytes
+        if name in STEADY:
+            assert real == predicted and held_bytes(sequence, plan) == reserved, step
+        else:  # a head's tokens end anywhere in a block: at most one block of each differs
+            per_head = plan.unit_bytes * plan.prefill_units_per_block
+            assert abs(held_bytes(sequence, plan) - reserved) <= per_head, step
+            assert real == predicted or name.startswith("kv_compress"), step
+            held.append(held_bytes(sequence, plan)), all_reserved.append(reserved), resident.append(real / predicted)
+    if name in UNEVEN:
+        assert sum(resident) / 40 == pytest.approx(1, abs=0.05)
+        assert sum(held) <= 1.05 * sum(all_reserved), "more memory than is predicted"
+    assert prompt + 40 == sequence.num_tokens
+    decoder.close(sequence)
+    assert len(decoder.full.free) == decoder.full.num_blocks, "blocks were lost"
+
+
+@pytest.mark.parametrize("name", ["h2o", "kivi2", "snapkv + think", "keyformer", "kv_compress"])
+def test_sequences_in_one_batch_do_not_touch_each_other(name: str) -> None:
+    """Three of different lengths, started one after the other, give the logits that each gives alone."""
+    policies = (STEADY | UNEVEN)[name]
+    lengths, steps = (20, 75, 41), 12
+    alone = []
+    for number in lengths:
+        decoder = Decoder(transformer(), plan_of(policies), POOL_BYTES)
+        sequence = decoder.open(number, max_steps=steps)
+        rows = [decoder.step([(sequence, tokens(number, number))], [])[0]]
+        rows += [decoder.step([], [(sequence, 7)])[0] for _ in range(steps)]
+        alone.append(rows)
+    decoder = Decoder(transformer(), plan_of(policies), POOL_BYTES)
+    running: list[tuple[CachedSequence, int]] = []
+    for start, number in enumerate(lengths):  # a prompt joins while the others decode
+        sequence = decoder.open(number, max_steps=steps)
+        logits = decoder.step([(sequence, tokens(number, number))], [(other, 7) for other, _ in running])
+        running.append((sequence, start))
+    for _ in range(4):
+        logits = decoder.step([], [(sequence, 7) for sequence, _ in running])
+    for row, (sequence, start) in enumerate(running):
+        expected = alone[start][4 + len(lengths) - 1 - start]
+        if name != "keyformer":  # whose noise differs from run to run
+            torch.testing.assert_close(logits[row], expected, rtol=2e-3, atol=2e-3)
+        assert sequence.step == 4 + len(lengths) - 1 - start
+
+
+def test_a_pool_that_is_too_small_says_so_and_frees_everything() -> None:
+    plan = plan_of([])
+    decoder = Decoder(transformer(), plan, 3 * plan.plain_block_bytes)
+    sequence = decoder.open(64)
+    with pytest.raises(OutOfBlocks, match="blocks are needed"):
+        decoder.step([(sequence, tokens(64))], [])
+    decoder.close(sequence)
+    assert len(decoder.full.free) == decoder.full.num_blocks
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        [SnapKV(budget_tokens=64), KIVI(residual_tokens=32, group_size_tokens=16)],
+        [H2O(kept_frac=0.5), ThinK()],
+        [AdaKV(budget_tokens=64), ThinK()],
+    ],
+    ids=["snapkv + kivi", "h2o + think", "ada_kv + think"],
+)
+def test_compositions_that_no_cache_of_slots_can_hold_are_refused(policies: list[Policy]) -> None:
+    with pytest.raises(InputError, match="decoder"):
+        Decoder(transformer(), plan_of(policies), POOL_BYTES)
+
+
+# -- the numbers ------------------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "llama": TINY,
+    "qwen3": replace(TINY, qk_norm=True, qkv_bias=True),
+    "mpt": replace(TINY, num_kv_heads=4, norm="layer", position="alibi", gated_mlp=False, tied_embeddings=True),
+    "opt": replace(
+        TINY, num_kv_heads=4, norm="layer", norm_bias=True, position="learned", num_learned_positions=4098, gated_mlp=False,
+        qkv_bias=True, o_bias=True, mlp_bias=True,
+    ),
+    "gpt-j": replace(TINY, num_kv_heads=4, norm="layer", norm_bias=True, norms_per_layer=1, gated_mlp=False, lm_head_bias=True),
+    "bloom": replace(TINY, num_kv_heads=4, norm="layer", norm_bias=True, position="alibi", embedding_norm=True, gated_mlp=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_equals_one_prefill(family: str) -> None:
+    """Token by token, in chunks and at once: the same logits (16-bit keys and values round the first two)."""
+    model = FAMILIES[family]
+    ids, by = tokens(40), {}
+    for name, cuts in {"at once": [40], "chunks": [17, 16, 7], "tokens": [25, *[1] * 15]}.items():
+        decoder = Decoder(transformer(model), plan_of([], model), POOL_BYTES, torch.float32)
+        sequence, first = decoder.open(25 if name == "tokens" else 40, max_steps=15), 0
+        for number in cuts:
+            part = ids[first : first + number]
+            first += number
+            decodes = name == "tokens" and number == 1
+            logits = decoder.step([], [(sequence, int(part[0]))]) if decodes else decoder.step([(sequence, part)], [])
+        by[name] = logits[0]
+    torch.testing.assert_close(by["chunks"], by["at once"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by["tokens"], by["at once"], rtol=1e-4, atol=1e-4)
+
+
+HF = {
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": None},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 32},
+}
+
+
+@pytest.mark.parametrize("family", HF)
+def test_logits_equal_hugging_face(family: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        family, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=101,
+        max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=False, **HF[family],
+    )  # fmt: skip
+    torch.manual_seed(1)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    theirs.save_pretrained(tmp_path)
+    spec = spec_from_hf(tmp_path)
+    ours = Transformer(spec, hf_weights(spec, tmp_path, torch.float32, "cpu"))
+    ids = tokens(30)
+    decoder = Decoder(ours, plan_of([], spec.model), POOL_BYTES, torch.float32)
+    sequence = decoder.open(20, max_steps=10)
+    rows = [decoder.step([(sequence, ids[:20])], [])[0]]
+    rows += [decoder.step([], [(sequence, int(token))])[0] for token in ids[20:]]
+    with torch.inference_mode():
+        expected = theirs(ids[None]).logits[0, 19:]
+    torch.testing.assert_close(torch.stack(rows), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_folder_without_the_tensors_is_refused(tmp_path: Path) -> None:
+    spec: DecoderSpec = spec_of(TINY)
+    with pytest.raises(InputError, match="safetensors"):
+        hf_weights(spec, tmp_path, torch.float32, "cpu")
+
+
+# -- against the kernels ----------------------------------------------------------------------------------------------
+
+
+def filled(policies: list[Policy], prompt: int) -> tuple[Decoder, CachedSequence]:
+    decoder = Decoder(transformer(), plan_of(policies), POOL_BYTES)
+    sequence = decoder.open(prompt, max_steps=0)  # so that nothing is compressed yet
+    decoder.step([(sequence, tokens(prompt))], [])
+    return decoder, sequence
+
+
+def test_the_cache_has_the_layout_of_the_kernels() -> None:
+    """Decode attention of the kernels' float64 reference over the very blocks and tables of the decoder."""
+    from kvsim.calibrate.decoder import attention
+
+    decoder, sequence = filled([], 50)
+    layer, q = sequence.layers[1], torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
+    out, _ = attention.decode(layer, q, 49, decoder.how)
+    lanes = (codec.rows[:, :, None] for codec in (decoder.full.keys, decoder.full.values))
+    lengths = torch.tensor([layer.full.lengths], dtype=torch.int32)
+    expected, _ = decode_attention.reference(q[None], *lanes, lengths, layer.full.table[None].int())
+    torch.testing.assert_close(out, expected[0].float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o"])
+def test_prompt_tokens_are_chosen_as_the_kernels_choose(name: str) -> None:
+    policies: list[Policy] = [SnapKV(budget_tokens=32, window_tokens=8)] if name == "snapkv" else [H2O(budget_tokens=32)]
+    decoder, sequence = filled(policies, 60)
+    rule = decoder.rules[0]
+    expected = []
+    for layer in sequence.layers:
+        keys = layer.full.read()[0][None]
+        lengths = torch.tensor([layer.full.lengths], dtype=torch.int32)
+        if name == "snapkv":
+            assert layer.window is not None
+            q = layer.window.transpose(0, 1)[None]
+            scores = prefill_scores.reference(q, keys, lengths, pooling="mean", pool_tokens=5, num_unpooled=8)
+            recent = 8
+        else:
+            assert layer.scores is not None
+            scores, recent = layer.scores[None].double(), 16
+        expected.append(select.reference(scores[0].float(), 32, num_recent=recent)[0])
+        layer.positions = torch.arange(60).expand(2, -1)
+    rule.prompt_ends(sequence)
+    for layer, kept in zip(sequence.layers, expected, strict=True):
+        assert layer.positions is not None
+        assert layer.positions.tolist() == kept.tolist()
+
+
+def test_catalogue_models_have_a_decoder() -> None:
+    for name in ("llama-3.1-8b", "mpt-7b", "opt-6.7b", "gpt-j-6b", "qwen3-8b"):
+        try:
+            model = load_model(name)
+        except InputError:
+            continue
+        small = replace(
+            model, num_layers=1, vocab_size=64, hidden_size=64, intermediate_size=64, num_q_heads=2, head_dim=64,
+            num_kv_heads=1 if model.num_kv_heads < model.num_q_heads else 2, max_context_tokens=min(model.max_context_tokens, 78),
+            num_learned_positions=min(model.num_learned_positions, 80),
+        )  # fmt: skip
+        decoder = Decoder(transformer(small), plan_of([], small), POOL_BYTES)
+        sequence = decoder.open(10)
+        assert torch.isfinite(decoder.step([(sequence, tokens(10, vocab=64))], [])).all()
