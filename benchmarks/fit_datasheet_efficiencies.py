@@ -99,6 +99,10 @@ CHOSEN = {
     "host.sglang.process.per_sequence_us": (2.0, "assumed: as vLLM V1"),
     "host.sglang.eager_launch.base_us": (0.0, "assumed: as vLLM"),
     "host.sglang.eager_launch.per_sequence_us": (10.0, "assumed: as vLLM"),
+    "host.torch_decoder.step.base_us": (500.0, "assumed: a step of kvsim's own decoder in Python, beside its kernels' launches"),
+    "host.torch_decoder.step.per_sequence_us": (20.0, "assumed: as above"),
+    "host.torch_decoder.eager_launch.base_us": (0.0, "assumed: cost is per launch"),
+    "host.torch_decoder.eager_launch.per_sequence_us": (10.0, "assumed: as vLLM"),
     "host.huggingface.launch.base_us": (0.0, "assumed: cost is per launch"),
     "host.huggingface.launch.per_sequence_us": (
         20.0, "assumed: batch = number of launches; the ~30 ms floor of an eager 7-8B model over about 1,500 launches "
@@ -234,9 +238,8 @@ def all_classes() -> dict[tuple[str, str], LogBias]:
     names += [("elementwise", s) for s in ("<=4MiB", ">4MiB")] + [("copy", s) for s in ("hbm", "host")]
     names += [("collective", f"{m} {s}") for m in ("graph", "eager") for s in ("<=1MiB", ">1MiB")]
     names += [("collective", s) for s in ("pcie", "all_gather")]
-    return dict.fromkeys(
-        names + [("host", e) for e in ("vllm_v0", "vllm_v1", "trtllm", "sglang", "huggingface", "eager_launch")], (0.0, 0.0, 0.0, 0.0)
-    )
+    engines = ("vllm_v0", "vllm_v1", "trtllm", "sglang", "torch_decoder", "huggingface", "eager_launch")
+    return dict.fromkeys(names + [("host", engine) for engine in engines], (0.0, 0.0, 0.0, 0.0))
 
 
 def friendly(name: str, value: float) -> tuple[str, float]:
@@ -420,7 +423,7 @@ class Study:
         self.book.bias(
             "host", "vllm_v0", bias, f"fitted: sum of parts on all {len(single)} TP-1 rows (2 models, 2 hosts)"
         )
-        for engine in ("vllm_v1", "trtllm", "sglang"):
+        for engine in ("vllm_v1", "trtllm", "sglang", "torch_decoder"):
             self.book.bias("host", engine, normal_bias(0.5), "assumed: no step of this engine was timed on the host")
         self.book.bias("host", "huggingface", (-1.4, -0.7, 0.25, 0.6),
                        "assumed: 5 us of bare PyTorch launch to 1.8 times the default")  # fmt: skip

@@ -148,6 +148,9 @@ class Replica:
 
     # -- runs of decode steps -------------------------------------------------------------------------------------
 
+    decode_run = staticmethod(decode_run)
+    """Which a live run replaces by real steps (`kvsim.calibrate.live`)."""
+
     def _decode(self, step: Step, arrival_ps: int | None) -> Run:
         """Costs a run and records it. An arrival that might be admitted, or the end of a side stream, ends it early."""
         now, scheduler = self.now, self.scheduler
@@ -158,7 +161,7 @@ class Replica:
             costs = self.contended
             ends = self.side_busy_until_ps - now
             limit = ends if limit is None else min(limit, ends)
-        run = decode_run(costs, batch, limit, step.max_steps)
+        run = self.decode_run(costs, batch, limit, step.max_steps)
         if step.swapped_units:
             run = self._swap(run, step.swapped_units)
         if self._stalled:

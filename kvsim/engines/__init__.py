@@ -5,8 +5,9 @@ from __future__ import annotations
 from kvsim.engines.base import Engine
 from kvsim.engines.huggingface import HuggingFace
 from kvsim.engines.sglang import SgLang
+from kvsim.engines.torch_decoder import TorchDecoder
 from kvsim.engines.trtllm import TensorRtLlm
 from kvsim.engines.vllm_v0 import VllmV0
 from kvsim.engines.vllm_v1 import VllmV1
 
-ENGINES: tuple[type[Engine], ...] = (VllmV1, VllmV0, TensorRtLlm, SgLang, HuggingFace)
+ENGINES: tuple[type[Engine], ...] = (VllmV1, VllmV0, TensorRtLlm, SgLang, HuggingFace, TorchDecoder)
