@@ -57,6 +57,9 @@ KINDS: Mapping[str, Bounds] = {
 """Fitted names per kind: (start, least, most)."""
 
 CHOSEN = {
+    "gemm.fp32.launch_us": (5.575, "assumed: as 16 bit"),
+    "gemm.fp32.memory_frac": (0.8544, "assumed: as 16 bit"),
+    "gemm.fp32.compute_frac": (0.759, "assumed: as 16 bit, of the fp32 peak"),
     "decode_attention.split_tokens": (400.0, "fitted: one value for all GPUs, free fits gave 40-425 on the same rows"),
     "decode_attention.compute_frac": (0.5, "assumed: reached by FlashAttention-2 prefill; binds only below 8 bits"),
     "policy.memory_frac": (0.4, "assumed: gather and scatter at half of a streaming kernel, until measured"),
@@ -230,7 +233,7 @@ class Book:
 
 def all_classes() -> dict[tuple[str, str], LogBias]:
     """Every class an answer may carry, unbiased: what a profile needs while it is being fitted."""
-    dtypes = ("16bit", "fp8", "int8", "int4", "fp8_widened", "int8_widened")
+    dtypes = ("16bit", "fp32", "fp8", "int8", "int4", "fp8_widened", "int8_widened")
     names = [("gemm", f"{dtype} {size}") for dtype in dtypes for size in SIZES]
     names += [("decode_attention", f"{f} {s}") for f in ("16bit", "fp8", "subbyte") for s in ("kv<=2xL2", "kv>2xL2")]
     names += [("prefill_attention", s) for s in ("new<=512", "new>512")]
@@ -435,6 +438,8 @@ def assumed_biases(study: Study) -> None:
         for dtype in ("fp8_widened", "int8_widened"):
             bias = quadrature(book.biases["gemm", f"int4 {size}"][0], normal_bias(0.2))
             book.bias("gemm", f"{dtype} {size}", bias, widened)
+        bias = quadrature(book.biases["gemm", f"16bit {size}"][0], normal_bias(0.2))
+        book.bias("gemm", f"fp32 {size}", bias, "assumed: as 16 bit, widened")
     unmeasured = "assumed: efficiency of an elementwise or gather kernel until measured"
     book.bias("policy", "any", (-0.9, -0.5, 0.7, 1.4), unmeasured)
     spread = quadrature(book.biases["collective", "graph <=1MiB"][0], normal_bias(0.2))

@@ -10,6 +10,7 @@ import numpy as np
 
 from kvsim.calibrate.fit import Fit, fit_rows
 from kvsim.calibrate.rows import Import, MeasuredRow, shape_group, without_suspect
+from kvsim.coordinates import error_class, locate
 from kvsim.datasheet import DatasheetProfile
 from kvsim.hardware import Gpu
 from kvsim.profile import QUANTILE_LEVELS, LogBias
@@ -45,7 +46,7 @@ def mape_p90(residuals: np.ndarray) -> tuple[float, float]:
 def size_classes(gpu: Gpu, rows: Sequence[MeasuredRow]) -> list[str]:
     """The class of each row, whose rows share one bias."""
     physics = DatasheetProfile(gpu)
-    return [physics.answer(row.op).size_class for row in rows]
+    return [error_class(locate(row.op, gpu.num_sms), physics.answer(row.op).size_class) for row in rows]
 
 
 def error_classes(gpu: Gpu, fit: Fit) -> dict[tuple[str, str], ErrorClass]:

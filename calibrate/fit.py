@@ -16,7 +16,17 @@ from kvsim.correction import Correction
 from kvsim.datasheet import DatasheetProfile
 from kvsim.efficiencies import Efficiencies, load_efficiencies
 from kvsim.hardware import Gpu
-from kvsim.ops import Collective, DecodeAttention, Elementwise, Gemm, MixedAttention, PrefillAttention
+from kvsim.ops import (
+    Collective,
+    Copy,
+    DecodeAttention,
+    Elementwise,
+    Gemm,
+    HostWork,
+    MixedAttention,
+    PolicyKernel,
+    PrefillAttention,
+)
 
 FOLDS = 5
 PHYSICS_ROWS = 500
@@ -27,20 +37,24 @@ TAIL_KNOTS = np.array([0.0, 0.15, 0.3, 0.5, 0.75, 1.0])
 
 Bounds = Mapping[str, tuple[float, float, float]]
 _GEMM: Bounds = {"launch_s": (5e-6, 1e-7, 5e-5), "memory_frac": (0.8, 0.1, 1.05), "compute_frac": (0.7, 0.1, 1.1)}
-PHYSICS: Mapping[tuple[str, str], Bounds] = {
-    **{(Gemm.kind, dtype): {f"gemm.{dtype}.{n}": b for n, b in _GEMM.items()} for dtype in ("16bit", "fp8", "int8", "int4")},
-    (DecodeAttention.kind, "16bit"): {
+_ATTENTION: Mapping[str, Bounds] = {
+    DecodeAttention.kind: {
         "decode_attention.launch_s": (8e-6, 1e-6, 5e-5), "decode_attention.split_s": (5e-6, 1e-7, 5e-5),
         "decode_attention.block_s": (4e-6, 1e-7, 4e-5), "decode_attention.memory_frac.16bit": (0.8, 0.2, 1.05),
     },
-    (DecodeAttention.kind, "fp8"): {"decode_attention.memory_frac.fp8": (0.7, 0.1, 1.05)},
-    (PrefillAttention.kind, "16bit"): {
+    PrefillAttention.kind: {
         "prefill_attention.launch_s": (1e-5, 1e-6, 1e-4), "prefill_attention.compute_frac": (0.6, 0.1, 1.05),
         "prefill_attention.memory_frac": (0.5, 0.05, 1.0), "prefill_attention.walk_frac": (0.4, 0.0, 2.0),
     },
-    (MixedAttention.kind, "16bit"): {
-        "mixed_attention.reread_frac": (0.4, 0.0, 2.0), "mixed_attention.block_s": (4e-6, 1e-8, 4e-5),
-    },
+    MixedAttention.kind: {"mixed_attention.reread_frac": (0.4, 0.0, 2.0), "mixed_attention.block_s": (4e-6, 1e-8, 4e-5)},
+}  # fmt: skip
+PHYSICS: Mapping[tuple[str, str], Bounds] = {
+    **{(Gemm.kind, dtype): {f"gemm.{dtype}.{n}": b for n, b in _GEMM.items()} for dtype in ("16bit", "fp8", "int8", "int4", "fp32")},
+    (DecodeAttention.kind, "16bit"): _ATTENTION[DecodeAttention.kind],
+    (DecodeAttention.kind, "fp8"): {"decode_attention.memory_frac.fp8": (0.7, 0.1, 1.05)},
+    (PrefillAttention.kind, "16bit"): _ATTENTION[PrefillAttention.kind],
+    (MixedAttention.kind, "16bit"): _ATTENTION[MixedAttention.kind],
+    **{(kind, "fp32"): bounds for kind, bounds in _ATTENTION.items()},
     **{
         (Collective.kind, f"{link} {mode}"): {
             f"collective.{link}.{mode}_s": (1e-5, 1e-7, 2e-4), f"collective.{link}.per_doubling_s": (1e-6, 1e-9, 5e-5),
@@ -51,8 +65,11 @@ PHYSICS: Mapping[tuple[str, str], Bounds] = {
     (Elementwise.kind, ""): {
         "elementwise.launch_cycles": (4000.0, 100.0, 40000.0), "elementwise.memory_frac": (0.7, 0.1, 1.0),
     },
+    (Copy.kind, "host"): {"copy.launch_s": (5e-6, 1e-7, 1e-4), "copy.host_frac": (0.85, 0.05, 1.05)},
+    (HostWork.kind, "huggingface launch"): {"host.huggingface.launch.per_sequence_s": (2e-5, 1e-6, 5e-4)},
 }  # fmt: skip
-"""Physical constants by (kind, variant): (start, least, most). What is not here keeps the packaged value."""
+"""Physical constants by (kind, variant): (start, least, most). What is not here keeps the packaged value.
+fp32 comes last: where 16 bit has been fitted, attention keeps the constants of that."""
 
 SMOOTH: Mapping[str, Sequence[tuple[tuple[str, ...], tuple[float, ...]]]] = {
     Gemm.kind: [
@@ -75,6 +92,9 @@ SMOOTH: Mapping[str, Sequence[tuple[tuple[str, ...], tuple[float, ...]]]] = {
     ],
     Elementwise.kind: [(("bytes",), (0.03,))],
     Collective.kind: [(("bytes",), (0.003,))],
+    PolicyKernel.kind: [(("bytes",), (0.03,)), (("flops_per_byte",), (0.03,))],
+    Copy.kind: [(("bytes",), (0.03,))],
+    HostWork.kind: [(("count",), (0.03,))],
 }
 """Terms of each kind's correction: axes, and weights of squared second differences along them. Chosen by five-fold errors on
 H100 tables once, for all GPUs and engines."""
@@ -106,8 +126,7 @@ def fit_rows(gpu: Gpu, rows: Sequence[MeasuredRow], folds: int = FOLDS) -> Fit:
     by_table: dict[TableKey, list[tuple[Place, MeasuredRow]]] = {}
     for row in rows:
         place = locate(row.op, gpu.num_sms)
-        if place is not None and place.variant != "other":
-            by_table.setdefault(place[:3], []).append((place, row))
+        by_table.setdefault(place[:3], []).append((place, row))
     by_table = {key: found for key, found in by_table.items() if len(found) >= 2}
     base = load_efficiencies()
     physics = fit_physics(gpu, base, [row for found in by_table.values() for _, row in found])
@@ -134,7 +153,8 @@ def fit_physics(gpu: Gpu, base: Efficiencies, rows: Sequence[MeasuredRow]) -> di
     found: dict[str, float] = {}
     for (kind, variant), bounds in PHYSICS.items():
         chosen = [row for row in rows if _is(row, kind, variant, gpu)]
-        if len(chosen) <= len(bounds):
+        bounds = {name: bound for name, bound in bounds.items() if name not in found}
+        if not bounds or len(chosen) <= len(bounds):
             continue
         chosen = chosen[:: max(1, len(chosen) // PHYSICS_ROWS)]
         found |= _fit_constants(gpu, base.replaced(found), chosen, bounds)
@@ -160,7 +180,7 @@ def _fit_constants(gpu: Gpu, base: Efficiencies, rows: Sequence[MeasuredRow], bo
 def _is(row: MeasuredRow, kind: str, variant: str, gpu: Gpu) -> bool:
     """Whether a row informs these constants: only KV beyond twice the L2, or far inside it, says anything about bandwidth."""
     place = locate(row.op, gpu.num_sms)
-    if place is None or place.kind != kind:
+    if place.kind != kind:
         return False
     if isinstance(row.op, Collective):
         link = "link" if gpu.has_gpu_link else "pcie"

@@ -49,7 +49,7 @@ class Comparison:
     def __init__(self, profile: ProfileFile, rows: Sequence[MeasuredRow]) -> None:
         gpu = load_gpu(profile.gpu)
         answerer = MeasuredProfile(profile, gpu, gpu)
-        known = [row for row in rows if (place := locate(row.op, gpu.num_sms)) and answerer.knows(place, True)]
+        known = [row for row in rows if answerer.knows(locate(row.op, gpu.num_sms), True)]
         self.measured_s = np.array([row.seconds for row in known])
         self.predicted_s = np.array([answerer.answer(row.op).seconds for row in known])
         self.labels = [f"{row.op.kind} {name}" for row, name in zip(known, size_classes(gpu, known), strict=True)]

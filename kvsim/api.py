@@ -14,7 +14,7 @@ from typing import NamedTuple
 import simpy
 
 from kvsim.cost import StepCosts
-from kvsim.dtypes import check_weight_dtype, kv_bytes_per_element
+from kvsim.dtypes import ACTIVATION_DTYPES, activation_dtype, check_weight_dtype, kv_bytes_per_element
 from kvsim.engines.base import Engine
 from kvsim.errors import InputError, KvsimError
 from kvsim.hardware import Gpu, load_gpu
@@ -75,14 +75,14 @@ def build_plan(deployment: Deployment, policies: Iterable[Policy], field: str) -
     model, engine, tp = deployment.model, deployment.engine, deployment.tp
     chosen = tuple(policies)
     composition = Composition(chosen, field)
-    kv_dtype = engine.kv_dtype("fp16" if model.source and deployment.weight_dtype == "fp16" else "bf16")
+    kv_dtype = engine.kv_dtype(activation_dtype(deployment.weight_dtype))
     kinds = composition.describe()
     if composition.per_head_lengths and not engine.per_head_kv:
         raise InputError(
             field, kinds, "keeps another number of tokens in every KV head, for which the engine has no block tables",
             "set engine.per_head_kv: true to model a fork that has them, or choose another policy",
         )  # fmt: skip
-    if composition.bits.dimension == "bits" and kv_dtype not in ("fp16", "bf16"):
+    if composition.bits.dimension == "bits" and kv_dtype not in ACTIVATION_DTYPES:
         raise InputError(
             field, kinds, f"quantises a cache that engine.kv_cache_dtype={kv_dtype} has quantised already",
             "leave engine.kv_cache_dtype at auto",

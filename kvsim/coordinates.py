@@ -9,7 +9,18 @@ from __future__ import annotations
 from math import ceil, log2
 from typing import NamedTuple
 
-from kvsim.ops import Collective, DecodeAttention, Elementwise, Gemm, MixedAttention, Op, PrefillAttention
+from kvsim.ops import (
+    Collective,
+    Copy,
+    DecodeAttention,
+    Elementwise,
+    Gemm,
+    HostWork,
+    MixedAttention,
+    Op,
+    PolicyKernel,
+    PrefillAttention,
+)
 
 AXES = {
     Gemm.kind: ("m", "n", "k", "tail_128x128", "tail_128x256"),
@@ -18,56 +29,73 @@ AXES = {
     MixedAttention.kind: ("new_tokens", "total_over_new", "decodes", "decode_context"),
     Elementwise.kind: ("bytes",),
     Collective.kind: ("bytes",),
+    PolicyKernel.kind: ("bytes", "flops_per_byte"),
+    Copy.kind: ("bytes",),
+    HostWork.kind: ("count",),
 }
 """Axis names of each kind that tables can hold.
 
 lanes: sequences x KV heads, the pieces of work that a decode kernel starts with. context: mean tokens of one. group: query heads
 per KV head. heads: query heads x sequences. total_over_new: (prior + new) / new tokens, 1 where nothing is cached.
 tail_AxB: waves of A x B output tiles over the multiprocessors, rounded up, over their number; 1 below half a wave.
+Of policy kernels: bytes of one launch, and 1 + FLOPs / bytes. count: sequences, or launches, of host work.
 """
 
-GEMM_CLASSES = {"fp16": "16bit", "bf16": "16bit", "fp8": "fp8", "int8": "int8", "int4": "int4"}
+OWN_KINDS = (PolicyKernel.kind, Copy.kind, HostWork.kind)
+"""Kinds that only a device's own calibration holds. No other GPU's tables are asked, and errors are kept by variant."""
+
+GEMM_CLASSES = {"fp32": "fp32", "fp16": "16bit", "bf16": "16bit", "fp8": "fp8", "int8": "int8", "int4": "int4"}
 KV_CLASSES = {"fp16": "16bit", "bf16": "16bit", "fp8": "fp8", "fp8_e4m3": "fp8", "fp8_e5m2": "fp8"}
-"""KV formats that tables can hold; others (int4, kivi2, pruned channels) are carried from 16 bits by the physics."""
+"""Formats that share tables; others (fp32, int4, kivi2, bf16+think80) have their own, or are carried from 16 bits by the physics."""
 
 
 class Place(NamedTuple):
     """kind, then what splits its rows into tables: dtype class, head_dim, or collective and number of GPUs."""
 
     kind: str
-    variant: str  # "16bit", "fp8", ...; "" where dtype does not matter; "all_reduce graph" for collectives
+    variant: str  # "16bit", "fp8", ...; "" where dtype does not matter; "all_reduce graph" for collectives; else what runs
     size: int  # head_dim, or number of GPUs; 0 where neither matters
     at: tuple[float, ...]  # log2 along AXES[kind]
 
 
-def locate(op: Op, num_sms: int) -> Place | None:
-    """The Op's place on a GPU of so many multiprocessors; None where its kind has no tables (host work, copies, policies)."""
+def locate(op: Op, num_sms: int) -> Place:
+    """The Op's place on a GPU of so many multiprocessors."""
     if isinstance(op, Gemm):
         tails = (_tail(op, rows, columns, num_sms) for rows, columns in ((128, 128), (128, 256)))
         return Place(op.kind, GEMM_CLASSES[op.weight_dtype], 0, (log2(op.m), log2(op.n), log2(op.k), *tails))
     if isinstance(op, DecodeAttention):
         lanes = op.batch * op.kv_heads
         at = (log2(lanes), log2(max(op.kv_slots / lanes, 1.0)), log2(op.q_heads / op.kv_heads), log2(op.kv_heads))
-        return Place(op.kind, KV_CLASSES.get(op.kv_format, "other"), op.head_dim, at)
+        return Place(op.kind, KV_CLASSES.get(op.kv_format, op.kv_format), op.head_dim, at)
     if isinstance(op, PrefillAttention):
         at_prefill = (
             log2(op.q_heads * op.num_sequences), log2(op.new_tokens), log2(op.q_heads / op.kv_heads),
             log2(op.num_sequences), log2(1 + op.prior_tokens / op.new_tokens),
         )  # fmt: skip
-        return Place(op.kind, KV_CLASSES.get(op.kv_dtype, "other"), op.head_dim, at_prefill)
+        return Place(op.kind, KV_CLASSES.get(op.kv_dtype, op.kv_dtype), op.head_dim, at_prefill)
     if isinstance(op, MixedAttention):
         prefill, decode = op.prefill, op.decode
         context = max(decode.kv_slots / (decode.batch * decode.kv_heads), 1.0)
         at_mixed = (
             log2(prefill.new_tokens), log2(1 + prefill.prior_tokens / prefill.new_tokens), log2(decode.batch), log2(context)
         )  # fmt: skip
-        return Place(op.kind, KV_CLASSES.get(decode.kv_format, "other"), decode.head_dim, at_mixed)
+        return Place(op.kind, KV_CLASSES.get(decode.kv_format, decode.kv_format), decode.head_dim, at_mixed)
     if isinstance(op, Elementwise):
         return Place(op.kind, "", 0, (log2(max(op.bytes_moved, 1)),))
     if isinstance(op, Collective):
         mode = "eager" if op.eager else "graph"
         return Place(op.kind, f"{op.name} {mode}", op.num_gpus, (log2(max(op.message_bytes, 1)),))
-    return None
+    if isinstance(op, PolicyKernel):
+        at_policy = log2(max(op.bytes_moved / max(op.num_launches, 1), 1.0)), log2(1 + op.flops / max(op.bytes_moved, 1.0))
+        return Place(op.kind, op.kernel, 0, at_policy)
+    if isinstance(op, Copy):
+        return Place(op.kind, op.link, 0, (log2(max(op.num_bytes, 1)),))
+    return Place(op.kind, f"{op.engine} {op.part}", 0, (log2(max(op.batch, 1)),))
+
+
+def error_class(place: Place, size_class: str) -> str:
+    """The class of a place whose answers share one bias: by variant for `OWN_KINDS`, else by size."""
+    return place.variant if place.kind in OWN_KINDS else size_class
 
 
 def _tail(op: Gemm, rows: int, columns: int, num_sms: int) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
 from typing import Any
 
-from kvsim.dtypes import check_weight_dtype, matrix_bytes
+from kvsim.dtypes import WEIGHT_DTYPES, check_weight_dtype, matrix_bytes
 from kvsim.efficiencies import Efficiencies, load_efficiencies
 from kvsim.errors import InputError
 from kvsim.hardware import Gpu
@@ -39,14 +39,15 @@ DECODE_TILE_ROWS = 64
 """Decode kernels pad the query heads of a group to one tensor-core tile (FlashAttention, FlashInfer)."""
 MEASURED_GROUP = 4
 """Query heads per KV head of the measured mixed batches: re-reading is not extrapolated beyond it."""
+_ACTIVATION_BYTES = {"fp8": 1, "int8": 1, "fp32": 4}
 KNOT_RATIO, LAST_KNOT_SLOTS = 2**0.25, 2**33
 LARGE_ELEMENTWISE_BYTES, LARGE_MESSAGE_BYTES = 4 * 2**20, 2**20
 
-_KV_FORMAT = re.compile(r"(bf16|fp16)|(fp8(?:_e4m3|_e5m2)?)|[a-z]+?([1-8])")
+_KV_FORMAT = re.compile(r"(bf16|fp16|fp32)|(fp8(?:_e4m3|_e5m2)?)|[a-z]+?([1-8])")
 
 
 def kv_format_class(kv_format: str) -> str:
-    """ "16bit", "fp8", or "subbyte": integers such as int8, int4, kivi2, and pruned formats such as bf16+think80."""
+    """ "16bit" (fp32 too), "fp8", or "subbyte": integers such as int8, int4, kivi2, and pruned formats such as bf16+think80."""
     stored, _, pruned = kv_format.partition("+")
     match = _KV_FORMAT.fullmatch(stored)
     if match is None:
@@ -78,7 +79,9 @@ class DatasheetProfile:
             PolicyKernel: self._policy,
             HostWork: self._host,
         }
-        self._gemm_rates = {dtype: self._gemm_rate(dtype) for dtype in ("fp16", "bf16", "fp8", "int8", "int4")}
+        self._gemm_rates = {
+            dtype: self._gemm_rate(dtype) for dtype in WEIGHT_DTYPES if dtype != "fp32" or "fp32" in gpu.peak_flops_per_s
+        }
         self._prefill_launch_s = e["prefill_attention.launch_s"]
         self._prefill_flops_per_s = e["prefill_attention.compute_frac"] * self._peak_16bit
         self._prefill_bytes_per_s = e["prefill_attention.memory_frac"] * self._hbm
@@ -138,21 +141,21 @@ class DatasheetProfile:
         if name in ("fp8", "int8") and name not in self.gpu.peak_flops_per_s:
             name = f"{name}_widened"  # no such units: weights are widened on the fly, like int4's
         shape = "int4" if name.endswith("_widened") else name
-        peak_flops = self.gpu.peak_flops(name) if name in ("fp8", "int8") else self._peak_16bit
+        peak_flops = self.gpu.peak_flops(name) if name in ("fp8", "int8", "fp32") else self._peak_16bit
         launch_s, memory_frac, compute_frac = (
             self.efficiencies[f"gemm.{shape}.{key}"] for key in ("launch_s", "memory_frac", "compute_frac")
         )
-        return name, launch_s, memory_frac * self._hbm, compute_frac * peak_flops, 1 if name in ("fp8", "int8") else 2
+        return name, launch_s, memory_frac * self._hbm, compute_frac * peak_flops, _ACTIVATION_BYTES.get(name, 2)
 
     def _gemm(self, op: Gemm, share: float) -> tuple[float, str]:
         rate = self._gemm_rates.get(op.weight_dtype)
         if rate is None:
-            check_weight_dtype(op.weight_dtype)
+            self.gpu.peak_flops(check_weight_dtype(op.weight_dtype))
             raise AssertionError(op.weight_dtype)
         name, launch_s, bytes_per_s, flops_per_s, activation_bytes = rate
         m, n, k = op.m, op.n, op.k
         weights = 2.0 * n * k if name == "16bit" else matrix_bytes(n, k, op.weight_dtype)
-        memory_s = (weights + activation_bytes * m * k + 2.0 * m * n) / (bytes_per_s * share)
+        memory_s = (weights + activation_bytes * m * k + max(activation_bytes, 2.0) * m * n) / (bytes_per_s * share)
         rows, columns = -(-m // GEMM_TILE_M) * GEMM_TILE_M, -(-n // GEMM_TILE_N) * GEMM_TILE_N
         compute_s = 2.0 * rows * columns * k / flops_per_s
         size = "m<=16" if m <= 16 else "m<=512" if m <= 512 else "m>512"
@@ -168,13 +171,15 @@ class DatasheetProfile:
 
     def _prefill_s(self, op: PrefillAttention, share: float) -> float:
         """All tiles at the GPU's rate, part of one block's walk over the whole KV (few blocks), and the traffic."""
-        kv_bytes = 2.0 if self._format(op.kv_dtype) == "16bit" else 1.0
+        kv_bytes, flops_per_s = 2.0 if self._format(op.kv_dtype) == "16bit" else 1.0, self._prefill_flops_per_s
         tokens = op.new_tokens + op.prior_tokens
         walk_flops = 4.0 * ATTENTION_TILE_ROWS * op.head_dim * tokens * self._prefill_walk
         traffic = 4.0 * op.q_heads * op.new_tokens + 2.0 * kv_bytes * op.kv_heads * tokens
+        if op.kv_dtype == "fp32":
+            traffic, flops_per_s = 2.0 * traffic, flops_per_s * self.gpu.peak_flops("fp32") / self._peak_16bit
         return (
             self._prefill_launch_s
-            + (op.flops + walk_flops) / self._prefill_flops_per_s
+            + (op.flops + walk_flops) / flops_per_s
             + traffic * op.num_sequences * op.head_dim / (self._prefill_bytes_per_s * share)
         )
 

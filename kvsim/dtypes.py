@@ -23,16 +23,18 @@ from typing import Literal, get_args
 
 from kvsim.errors import InputError
 
-WeightDtype = Literal["fp16", "bf16", "fp8", "int8", "int4"]
+WeightDtype = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
 WEIGHT_DTYPES: tuple[str, ...] = get_args(WeightDtype)
+ACTIVATION_DTYPES = ("fp32", "fp16", "bf16")
 INT4_GROUP_SIZE = 128
 """Inputs that share a scale and a zero: AWQ (arXiv:2306.00978, section 5) and the usual GPTQ release."""
 BYTES_16_BIT = 2
 """Embeddings, lm_head, norms and biases keep 16 bits whatever the matrices are quantised to."""
+BYTES_32_BIT = 4
 
-KV_DTYPES: Mapping[str, int] = {"fp16": 16, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "int2": 2}
+KV_DTYPES: Mapping[str, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "int2": 2}
 """Bits of one stored KV element, without scales."""
-KV_GROUP_SCALE_BITS: Mapping[str, int] = {"fp16": 0, "bf16": 0, "fp8": 0, "int8": 32, "int4": 32, "int2": 32}
+KV_GROUP_SCALE_BITS: Mapping[str, int] = {"fp32": 0, "fp16": 0, "bf16": 0, "fp8": 0, "int8": 32, "int4": 32, "int2": 32}
 """Bits of scale and minimum per group in the default layout."""
 
 
@@ -50,22 +52,32 @@ def check_kv_dtype(dtype: str, field: str = "kv_dtype") -> str:
     return dtype
 
 
+def activation_dtype(weight_dtype: str) -> str:
+    """The dtype of activations, embeddings and an unquantised cache beside such weights: fp32, fp16, or else bf16."""
+    return check_weight_dtype(weight_dtype) if weight_dtype in ACTIVATION_DTYPES else "bf16"
+
+
+def activation_bytes(weight_dtype: str) -> int:
+    """Bytes of an activation beside such weights: 4 where everything is in fp32, as CPUs decode, else 2."""
+    return BYTES_32_BIT if check_weight_dtype(weight_dtype) == "fp32" else BYTES_16_BIT
+
+
 def matrix_bytes(n: int, k: int, weight_dtype: str) -> float:
     """Bytes of an n × k weight matrix (n outputs, k inputs), scales included."""
     check_weight_dtype(weight_dtype)
-    if weight_dtype in ("fp16", "bf16"):
-        return float(BYTES_16_BIT * n * k)
+    if weight_dtype in ACTIVATION_DTYPES:
+        return float(activation_bytes(weight_dtype) * n * k)
     if weight_dtype in ("fp8", "int8"):
         return float(n * k + 4 * n)
     return n * k / 2 + 4 * n * math.ceil(k / INT4_GROUP_SIZE)
 
 
 def weight_bytes_per_element(weight_dtype: str) -> float:
-    """Bytes per weight of a large matrix: 2, 1 (channel scales vanish) or 0.53125."""
+    """Bytes per weight of a large matrix: 4, 2, 1 (channel scales vanish) or 0.53125."""
     check_weight_dtype(weight_dtype)
     if weight_dtype == "int4":
         return 0.5 + 4 / INT4_GROUP_SIZE
-    return 1.0 if weight_dtype in ("fp8", "int8") else float(BYTES_16_BIT)
+    return 1.0 if weight_dtype in ("fp8", "int8") else float(activation_bytes(weight_dtype))
 
 
 def compute_dtype(weight_dtype: str, activation_dtype: str = "bf16") -> str:
@@ -78,7 +90,7 @@ def compute_dtype(weight_dtype: str, activation_dtype: str = "bf16") -> str:
 
 
 def kv_bytes_per_element(kv_dtype: str) -> float:
-    """Bytes of one KV element without scales: 2, 1, 0.5 or 0.25."""
+    """Bytes of one KV element without scales: 4, 2, 1, 0.5 or 0.25."""
     return KV_DTYPES[check_kv_dtype(kv_dtype)] / 8
 
 

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvsim.dtypes import activation_bytes, activation_dtype
 from kvsim.model import Model
 from kvsim.ops import Collective, Elementwise, Gemm, Op
 
-ACTIVATION_BYTES = 2
-"""Activations are 16 bit whatever the weights."""
 LOGIT_BYTES = 4
 """Logits are sampled in fp32."""
 
 
 def linear_ops(model: Model, tp: int, weight_dtype: str, num_tokens: int, eager: bool = False) -> Iterator[tuple[int, Op]]:
     """(times launched, Op) for all layers over `num_tokens` tokens: GEMMs, norms, rotary embedding, activation, all-reduces."""
-    layers, hidden = model.num_layers, model.hidden_size
+    layers, hidden, size = model.num_layers, model.hidden_size, activation_bytes(weight_dtype)
     for weight in model.gemms(tp):
         yield layers, Gemm(num_tokens, weight.n, weight.k, weight_dtype)
-    row = num_tokens * hidden * ACTIVATION_BYTES
+    row = num_tokens * hidden * size
     # A norm with its residual addition reads the branch and the residual and writes both.
     yield layers * model.norms_per_layer, Elementwise("norm", 4 * row)
     heads = model.q_heads_per_gpu(tp) + 2 * model.kv_heads_per_gpu(tp)
     if model.qk_norm:  # over each head of queries, and of keys
         for normed in (model.q_heads_per_gpu(tp), model.kv_heads_per_gpu(tp)):
-            yield layers, Elementwise("qk_norm", 2 * num_tokens * normed * model.head_dim * ACTIVATION_BYTES)
-    rotate_and_store = 2 * num_tokens * heads * model.head_dim * ACTIVATION_BYTES
+            yield layers, Elementwise("qk_norm", 2 * num_tokens * normed * model.head_dim * size)
+    rotate_and_store = 2 * num_tokens * heads * model.head_dim * size
     yield layers, Elementwise("rope_and_kv_write", rotate_and_store)
-    wide = num_tokens * -(-model.intermediate_size // tp) * ACTIVATION_BYTES
+    wide = num_tokens * -(-model.intermediate_size // tp) * size
     yield layers, Elementwise("activation", (3 if model.gated_mlp else 2) * wide)
     yield 1, Elementwise("embedding", 2 * row)
     if tp > 1:
@@ -35,14 +34,17 @@ def linear_ops(model: Model, tp: int, weight_dtype: str, num_tokens: int, eager:
         yield layers * model.norms_per_layer, Collective("all_reduce", row, tp, eager)
 
 
-def head_ops(model: Model, tp: int, num_sampled: int, eager: bool = False) -> Iterator[tuple[int, Op]]:
+def head_ops(
+    model: Model, tp: int, num_sampled: int, eager: bool = False, weight_dtype: str = "bf16"
+) -> Iterator[tuple[int, Op]]:
     """(times launched, Op) to turn the last hidden states of `num_sampled` sequences into tokens: lm_head, gather, sampler."""
-    head = model.lm_head(tp)
-    yield 1, Gemm(num_sampled, head.n, head.k, "bf16")  # quantised checkpoints keep the head in 16 bits
+    head, size = model.lm_head(tp), activation_bytes(weight_dtype)
+    # Quantised checkpoints keep the head in 16 bits.
+    yield 1, Gemm(num_sampled, head.n, head.k, "fp32" if activation_dtype(weight_dtype) == "fp32" else "bf16")
     if tp > 1:
-        yield 1, Collective("all_gather", num_sampled * head.n * ACTIVATION_BYTES, tp, eager)
+        yield 1, Collective("all_gather", num_sampled * head.n * size, tp, eager)
     # Cast to fp32, then two reads for softmax and argmax.
-    yield 1, Elementwise("sampler", num_sampled * model.vocab_size * (ACTIVATION_BYTES + 3 * LOGIT_BYTES))
+    yield 1, Elementwise("sampler", num_sampled * model.vocab_size * (size + 3 * LOGIT_BYTES))
 
 
 def num_launches_per_step(model: Model, tp: int) -> int:

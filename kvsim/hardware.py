@@ -116,7 +116,7 @@ def _read_gpu(path: Path, *, needs_source: bool) -> Gpu:
         raise InputError("gpu.peak_tflops.fp16", None, "is missing", "give the dense tensor-core peak")
     gpu = Gpu(
         name=fields.text("name", path.stem),
-        vendor=fields.text("vendor", "nvidia", choices=("nvidia", "amd")),
+        vendor=fields.text("vendor", "nvidia", choices=("nvidia", "amd", "cpu")),
         hbm_bytes=hbm_bytes,
         usable_bytes=usable_bytes,
         hbm_bandwidth_bytes_per_s=fields.number("hbm_bandwidth_gb_per_s") * GB,

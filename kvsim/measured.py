@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from math import exp, hypot, log2
 from typing import NamedTuple
 
-from kvsim.coordinates import AXES, Place, locate
+from kvsim.coordinates import AXES, OWN_KINDS, Place, error_class, locate
 from kvsim.correction import Correction, cell_of
 from kvsim.datasheet import DatasheetProfile
 from kvsim.efficiencies import load_efficiencies
@@ -115,11 +115,11 @@ class MeasuredProfile:
     def answer(self, op: Op, hbm_share: float = 1.0) -> Answer:
         """Time of one launch with this share of the HBM bandwidth; the Op must be one that `knows` accepts."""
         place = locate(op, self.gpu.num_sms)
-        chosen = None if place is None else self._choose(place)
+        chosen = self._choose(place)
         base = self.physics.answer(op, hbm_share)
         if isinstance(op, MixedAttention) and chosen is None:
             return self._mixed(op, base, hbm_share)
-        assert place is not None and chosen is not None, f"{self.name} has no table for {op}"
+        assert chosen is not None, f"{self.name} has no table for {op}"
         seconds = base.seconds
         if isinstance(op, DecodeAttention):
             seconds = self._decode_s(op, chosen, place.at, hbm_share)
@@ -128,7 +128,7 @@ class MeasuredProfile:
         else:
             seconds *= exp(chosen.correction.at(place.at))
         inside = chosen.correction.covers(place.at)
-        source, bias, size_class = self._label(op.kind, base.size_class, chosen, inside)
+        source, bias, size_class = self._label(op.kind, error_class(place, base.size_class), chosen, inside)
         return Answer(seconds, source, bias, size_class)
 
     def _gemm_ratio(self, op: Gemm, chosen: Chosen, place: Place) -> float:
@@ -167,7 +167,6 @@ class MeasuredProfile:
     def decode_curve(self, op: DecodeAttention, kv_slots: Sequence[int], hbm_share: float = 1.0) -> list[float]:
         seconds = self.physics.decode_curve(op, kv_slots, hbm_share)
         place = locate(op, self.gpu.num_sms)
-        assert place is not None
         chosen = self._choose(place)
         if chosen is None:
             return seconds
@@ -213,7 +212,8 @@ class MeasuredProfile:
             for key, bias in self.physics.log_biases.items():
                 if key[0] == MixedAttention.kind:
                     found[key] = widened(bias, self._extra_sigma)
-        for kind, size_class in self.physics.log_biases:
+        own = [key for key in self.content.errors if key[0] in OWN_KINDS]
+        for kind, size_class in (*self.physics.log_biases, *own):
             if kind in kinds:
                 quantiles = self._quantiles(kind, size_class)
                 found[kind, size_class] = quantiles
@@ -238,7 +238,7 @@ def _is_latency(name: str) -> bool:
 
 def _sustained_clock(gpu: Gpu, measured_on: Gpu) -> float:
     """How much more of its peak a GPU sustains than another of its generation, by board power per peak FLOP/s."""
-    if gpu.name == measured_on.name or gpu.compute_capability != measured_on.compute_capability:
+    if gpu.name == measured_on.name or gpu.compute_capability is None or gpu.compute_capability != measured_on.compute_capability:
         return 1.0
     here, there = (one.board_power_w / one.peak_flops("bf16") for one in (gpu, measured_on))
     return float((here / there) ** DVFS_EXPONENT)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvsim.catalogue import DATA, Fields, is_path, names, read_text, read_yaml, unknown_name
-from kvsim.dtypes import BYTES_16_BIT, check_weight_dtype, kv_bytes_per_element, matrix_bytes
+from kvsim.dtypes import activation_bytes, check_weight_dtype, kv_bytes_per_element, matrix_bytes
 from kvsim.errors import InputError
 from kvsim.hf_config import shape_from_hf_config
 
@@ -92,13 +92,13 @@ class Model:
         """Bytes of weights on one of ``tp`` GPUs, scales included.
 
         As engines do: only the layers' matrices are quantised, while embeddings, lm_head, norms and biases keep 16
-        bits; the vocabulary is split over the GPUs, norms and learned positions are repeated on each, and so is a KV
-        head where there are more GPUs than KV heads.
+        bits (32 beside fp32); the vocabulary is split over the GPUs, norms and learned positions are repeated on each,
+        and so is a KV head where there are more GPUs than KV heads.
         """
         check_weight_dtype(weight_dtype)
         matrices = sum(matrix_bytes(gemm.n, gemm.k, weight_dtype) for gemm in self.gemms(tp))
         vectors = self.num_layers * self._layer_vector_params(tp) + self._outer_vector_params()
-        return self.num_layers * matrices + BYTES_16_BIT * (vectors + self._vocab_params(tp))
+        return self.num_layers * matrices + activation_bytes(weight_dtype) * (vectors + self._vocab_params(tp))
 
     def kv_bytes_per_token(self, kv_dtype: str = "bf16", tp: int = 1) -> float:
         """KV bytes of one token on one GPU, without scales: 2 · layers · KV heads per GPU · head_dim · bytes."""

@@ -144,7 +144,7 @@ class Prices:
 
     def _head(self, num_sampled: int) -> Price:
         """From the last hidden states of so many sequences to their tokens; outside captured graphs, as in vLLM."""
-        return Price(self._answer(head_ops(self.model, self.tp, num_sampled, eager=True)) if num_sampled else {})
+        return Price(self._answer(head_ops(self.model, self.tp, num_sampled, True, self.weight_dtype)) if num_sampled else {})
 
     def _prefill_policy(self, new_tokens: int, prior_tokens: int) -> Price:
         """What the policies launch with a prompt chunk."""

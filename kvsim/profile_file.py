@@ -23,6 +23,8 @@ from kvsim.profile import LogBias
 SCHEMA = 1
 HEAD = ("gpu", "engine", "engine_version", "source", "licence", "made", "command", "rows_sha256")
 PROFILES = DATA / "profiles"
+DEVICE_FILE = "device.yaml"
+"""Beside a profile of a GPU that is not in the catalogue: that GPU, as its calibration measured it."""
 TableKey = tuple[str, str, int]
 """(kind, variant, size) of `kvsim.coordinates.Place`."""
 

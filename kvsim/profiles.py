@@ -12,13 +12,13 @@ from math import exp, log
 from pathlib import Path
 
 from kvsim.catalogue import is_path, unknown_name
-from kvsim.coordinates import Place, locate
+from kvsim.coordinates import OWN_KINDS, Place, locate
 from kvsim.datasheet import DatasheetProfile
-from kvsim.hardware import Gpu, load_gpu
+from kvsim.hardware import Gpu, list_gpus, load_gpu
 from kvsim.measured import MeasuredProfile
 from kvsim.ops import DecodeAttention, Elementwise, Gemm, Op
 from kvsim.profile import Answer, LogBias, Profile
-from kvsim.profile_file import load_profile_file, shipped
+from kvsim.profile_file import DEVICE_FILE, ProfileFile, load_profile_file, shipped
 
 AUTO, DATASHEET = "auto", "datasheet"
 OTHER_ENGINE_SIGMA = 0.12
@@ -45,7 +45,6 @@ class Neighbours:
     def _asked(self, op: Op) -> list[tuple[MeasuredProfile, float]]:
         """Those with a table of the Op's very dtype, or else of another, with weights that sum to 1."""
         place = locate(op, self._profiles[0].gpu.num_sms)
-        assert place is not None
         found = self._chosen.get(place[:3])
         if found is None:
             pairs = list(zip(self._profiles, self._weights, strict=True))
@@ -96,19 +95,18 @@ class ProfileChain:
 
     def _profile(self, op: Op) -> Profile:
         place = locate(op, self._last.gpu.num_sms)
-        if place is None:
-            return self._last
         found = self._answering.get(place[:3])
         if found is None:
             found = self._answering[place[:3]] = self._first(place)
         return found
 
     def _first(self, place: Place) -> Profile:
+        own_kind = place.kind in OWN_KINDS
         for exactly in (True, False):
-            for make in self._makers:
+            for make in self._makers[:1] if own_kind else self._makers:
                 if make().knows(place, exactly):
                     return make()
-        others = self._others()
+        others = None if own_kind else self._others()
         if others is not None and (others.knows(place, True) or others.knows(place, False)):
             return others
         return self._last
@@ -168,10 +166,20 @@ def engine_of(path: Path) -> str:
 def _link(path: Path, gpu: Gpu, sigma: float = 0.0, carried: str = "") -> MeasuredProfile:
     """Profiles never change, and what they have worked out serves the next simulation too."""
     content = load_profile_file(path)
-    measured_on = load_gpu(content.gpu)
+    measured_on = measured_gpu(content, path, gpu)
     if measured_on.name != gpu.name and not carried:
         sigma, carried = NEIGHBOUR_SIGMA, "scaled by datasheet"
     return MeasuredProfile(content, gpu, measured_on, sigma, carried)
+
+
+def measured_gpu(content: ProfileFile, path: Path, gpu: Gpu | None = None) -> Gpu:
+    """The GPU that a profile was measured on: `gpu` itself, of the catalogue, or of the device.yaml beside the profile."""
+    if gpu is not None and gpu.name == content.gpu:
+        return gpu
+    beside = path.parent / DEVICE_FILE
+    if content.gpu not in list_gpus() and beside.exists():
+        return load_gpu(beside)
+    return load_gpu(content.gpu)
 
 
 def neighbours(gpu: Gpu, kernels: str, paths: Sequence[Path]) -> Neighbours | None:

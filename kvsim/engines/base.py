@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvsim.policies.compose import CachePlan
     from kvsim.pool import BlockPool
 
-KvCacheDtype = Literal["auto", "fp16", "bf16", "fp8", "int8"]
+KvCacheDtype = Literal["auto", "fp32", "fp16", "bf16", "fp8", "int8"]
 
 
 ACTIVATIONS = "activation peak"
@@ -41,7 +41,7 @@ class MemoryLine(NamedTuple):
 class Engine(Frozen):
     """Base of every engine."""
 
-    kv_cache_dtype: KvCacheDtype = Field("auto", description="element type of the cache; auto: 16 bit as the activations")
+    kv_cache_dtype: KvCacheDtype = Field("auto", description="element type of the cache; auto: as the activations")
     max_model_len: int | None = Field(None, gt=0, description="longest prompt + output; default: the model's context")
     per_head_kv: bool = Field(
         False, description="models a fork with a block table for each KV head, as KV-Compress built on vLLM 0.6"

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from kvsim.batch import Sequence
 from kvsim.cost_types import Chunk
+from kvsim.dtypes import activation_bytes
 from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
 from kvsim.engines.scheduler import Scheduler, Step
 from kvsim.errors import DoesNotFitError
@@ -75,11 +76,11 @@ class HuggingFace(Engine):
         return ops
 
     def memory_lines(self, model: Model, tp: int, weight_dtype: str) -> tuple[MemoryLine, ...]:
-        tokens = self.max_prefill_tokens
+        tokens, size = self.max_prefill_tokens, activation_bytes(weight_dtype)
         inter = -(-model.intermediate_size // tp)
-        mlp = 2 * tokens * (3 if model.gated_mlp else 2) * inter
-        scores = 2 * model.q_heads_per_gpu(tp) * tokens * tokens * 2  # logits and probabilities of one sequence, one layer
-        hidden = 2 * tokens * 4 * model.hidden_size
+        mlp = size * tokens * (3 if model.gated_mlp else 2) * inter
+        scores = size * model.q_heads_per_gpu(tp) * tokens * tokens * 2  # logits and probabilities of one sequence, one layer
+        hidden = size * tokens * 4 * model.hidden_size
         return (
             MemoryLine("CUDA context", _CONTEXT_BYTES, "assumed: 0.4-0.6 GiB for a PyTorch process"),
             MemoryLine(
