@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kvsim.cost_types import Chunk
@@ -216,7 +217,7 @@ class Prices:
         others = [(i, extras[first]) for i, first in enumerate(alike) if extras[first].parts]
         if plan.slots_scalar is not None:
             knots = [0, *(1 << k for k in range(_MAX_SLOTS_LOG2))]
-            others.append((plan.slots_scalar, self._curve(knots, lambda n: plan.step_ops(batch, n * plan.slots_unit))))
+            others.append((plan.slots_scalar, self._curve(knots, lambda n: self._step_ops(batch, n * plan.slots_unit))))
         return BatchTable(batch, Price(fixed), attention, others, self.host[batch, self.engine.captured(batch)])
 
     def _attention_curve(self, layer_group: int, batch: int) -> Curve:
@@ -240,10 +241,17 @@ class Prices:
             cache_bytes = units * plan.scalar_bytes[layer_group]
             found = list(self.engine.cache_ops(plan.shape, batch, cache_bytes, layers))
             if plan.has_step_ops and plan.slots_scalar is None:
-                found += plan.step_ops(batch, round(units * plan.slots_per_unit))
+                found += self._step_ops(batch, round(units * plan.slots_per_unit))
             return found
 
         return self._curve(knots, ops)
+
+    def _step_ops(self, batch: int, num_slots: int) -> list[Op]:
+        """What policies launch in a decode step, for the whole batch at once or for one sequence after the other."""
+        ops = self.plan.step_ops(batch, num_slots)
+        if not self.engine.one_by_one:
+            return list(ops)
+        return [replace(op, num_launches=batch * op.num_launches) if isinstance(op, PolicyKernel) else op for op in ops]
 
     def _action_curve(self, policy_index: int) -> Curve:
         knots = [0, *(1 << k for k in range(_MAX_SLOTS_LOG2))]

@@ -17,6 +17,8 @@ from kvsim.calibrate.decoder.transformer import Transformer, alibi_slopes
 from kvsim.policies.base import SequenceShape
 from kvsim.policies.compose import CachePlan
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 class CachedSequence:
     """One sequence: its tokens so far and its cache."""
@@ -48,14 +50,16 @@ class Work:
 class Decoder:
     """A model with a paged cache under a composition of policies.
 
-    dtype: of the cache's 16-bit elements. Raises InputError for compositions that it cannot hold, OutOfBlocks from `step`.
+    dtype: of the cache's uncompressed elements; None: the plan's. Raises InputError for compositions that it cannot hold,
+    OutOfBlocks from `step`.
     """
 
     def __init__(
-        self, transformer: Transformer, plan: CachePlan, pool_bytes: int, dtype: torch.dtype = torch.float16, seed: int = 0
+        self, transformer: Transformer, plan: CachePlan, pool_bytes: int, dtype: torch.dtype | None = None, seed: int = 0
     ) -> None:
         check(plan)
-        self.transformer, self.plan, self.pool_bytes, self.dtype = transformer, plan, pool_bytes, dtype
+        self.transformer, self.plan, self.pool_bytes = transformer, plan, pool_bytes
+        self.dtype = dtype = DTYPES[plan.kv_dtype] if dtype is None else dtype
         self.device = transformer.weights.embedding.device
         composition, shape = plan.composition, plan.shape
         self.rules: list[Rule] = [rule_of(policy) for policy in (composition.tokens, composition.channels)]
@@ -104,10 +108,13 @@ class Decoder:
         """
         work = [Work(sequence, torch.tensor([token], device=self.device), False) for sequence, token in decodes]
         work += [Work(sequence, tokens, True) for sequence, tokens in chunks]
+        mark = self.transformer.clock.mark
+        mark("step")
         for sequence, _ in decodes:
             sequence.step += 1
             for rule in self.rules:
                 rule.before_step(sequence)
+        mark("select")
         positions = torch.cat([
             torch.arange(item.sequence.num_tokens, item.sequence.num_tokens + len(item.tokens), device=self.device) for item in work
         ])  # fmt: skip
@@ -130,6 +137,7 @@ class Decoder:
                 ended.append(item.sequence)
             if not item.chunk or (ended and ended[-1] is item.sequence):
                 last.append(end - 1)
+        mark("step")
         logits = self.transformer.logits(hidden[last])
         for sequence in ended:
             if sequence.max_steps > 0:
@@ -139,6 +147,7 @@ class Decoder:
     def _compress(self, sequence: CachedSequence) -> None:
         for rule in self.rules:
             rule.prompt_ends(sequence)
+            self.transformer.clock.mark("compact" if rule.policy.dimension == "tokens" else "think_gather")
         for layer in sequence.layers:
             layer.window = None
 
@@ -152,6 +161,7 @@ class Decoder:
         if self.window_queries:
             layer.window = (q if layer.window is None else torch.cat((layer.window, q)))[-self.window_queries :]
         if self.scoring is not None and self.scoring.prompt_statistic:
+            self.transformer.clock.mark("attention")
             statistic = self.scoring.prompt_statistic
             added = attention.column_scores(
                 layer, q, start, statistic, self.how, self.scoring.temperature(sequence), self.generator
@@ -159,6 +169,7 @@ class Decoder:
             if layer.scores is not None:
                 added[:, :start] += layer.scores
             layer.scores = added
+            self.transformer.clock.mark("prefill_scores")
         return out
 
     def _decode(self, sequence: CachedSequence, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -171,7 +182,7 @@ class Decoder:
         else:
             slots = torch.tensor(layer.full.lengths, device=self.device) if self.keeps_positions else None
             self._append(layer, k.transpose(0, 1), v.transpose(0, 1))
-        if slots is not None:
+        if slots is not None and self.keeps_positions:
             longest = max(layer.full.lengths)
             layer.positions = _set(layer.positions, slots, longest, now)
             if layer.scores is not None:
@@ -179,23 +190,38 @@ class Decoder:
         out, probabilities = attention.decode(layer, q[0], now, self.how)
         rule = self.scoring
         if rule is not None and rule.decode_statistic and layer.scores is not None:
+            self.transformer.clock.mark("attention")
             if rule.decode_statistic == "gumbel":
                 added = attention.noisy_scores(layer, q[0], now, self.how, rule.temperature(sequence), self.generator)
             else:
                 added = attention.decode_scores(probabilities, rule.decode_statistic, now + 1)
             layer.scores += added.to(layer.scores.dtype)
+            self.transformer.clock.mark("decode_attention_scored")
         return out[None]
 
     def _append(self, layer: LayerCache, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v `[heads, n, head_dim]` after the tokens that are there."""
+        rows, start = layer.full, layer.seen
+        layer.seen += k.shape[1]
+        if self.plan.composition.bits.dimension == "bits":
+            self.transformer.clock.mark("attention")
+            self._append_codes(layer, k, v, start)
+            self.transformer.clock.mark("kv_quantize")
+            return
+        self._append_rows(rows, k, v)
+
+    @staticmethod
+    def _append_rows(rows: Rows, k: torch.Tensor, v: torch.Tensor) -> None:
+        if k.shape[1] == 1 and not rows.even:
+            rows.append_ragged(k[:, 0], v[:, 0])
+        else:
+            rows.append(k, v)
+
+    def _append_codes(self, layer: LayerCache, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
+        """Where there is a ring, keys become codes a whole ring at a time, and values as they leave it."""
         number, rows, ring = k.shape[1], layer.full, layer.ring
-        start = layer.seen
-        layer.seen += number
         if ring is None:
-            if number == 1 and not rows.even:
-                rows.append_ragged(k[:, 0], v[:, 0])
-            else:
-                rows.append(k, v)
+            self._append_rows(rows, k, v)
             return
         old_values, narrow = max(0, start - ring.size), layer.quantized
         keys = torch.cat((ring.get(ring.k, narrow, start), k.float()), 1)

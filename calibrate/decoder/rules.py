@@ -170,17 +170,37 @@ class Keyformer(Steady):
 
 
 class Window(Steady):
-    """The newest tokens; StreamingLLM's sinks beside them (arXiv 2309.17453)."""
+    """The newest tokens; StreamingLLM's sinks beside them (arXiv 2309.17453). Slots behind the sinks are a ring."""
 
     def __init__(self, policy: Any) -> None:
         super().__init__(policy)
         self.num_sink = getattr(policy, "sink_tokens", 0)
+        self.keeps_positions = policy.moves_positions
 
     def budget(self, seq: SequenceShape) -> int:
         return int(self.num_sink + self.policy.window_tokens)
 
     def recent(self, seq: SequenceShape) -> int:
         return int(self.policy.window_tokens)
+
+    def prompt_ends(self, seq: CachedSequence) -> None:
+        number, window = seq.num_tokens, self.policy.window_tokens
+        if number <= self.num_sink + window:
+            return
+        for layer in seq.layers:
+            slots = torch.cat((torch.arange(self.num_sink), torch.arange(number - window, number))).to(layer.full.device)
+            compact(layer, [slots] * len(layer.full.lengths))
+
+    def before_step(self, seq: CachedSequence) -> None:
+        """What the ring's oldest is follows from how many came after it was full."""
+        heads = len(seq.layers[0].full.lengths)
+        budget = self.num_sink + self.policy.window_tokens
+        if seq.layers[0].full.lengths[0] < budget:
+            return
+        after = seq.num_tokens - max(budget, seq.shape.prefill_tokens)
+        slot = torch.full((heads,), self.num_sink + after % self.policy.window_tokens, device=seq.layers[0].full.device)
+        for layer in seq.layers:
+            layer.overwrite = slot
 
 
 class Scissorhands(Rule):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from kvsim.calibrate.decoder.clock import Clock, NoClock
 from kvsim.calibrate.decoder.spec import DecoderSpec
 from kvsim.calibrate.decoder.weights import Layer, Weights
 
@@ -19,6 +20,7 @@ class Transformer:
 
     def __init__(self, spec: DecoderSpec, weights: Weights) -> None:
         self.spec, self.weights = spec, weights
+        self.clock: Clock = NoClock()
         device = weights.embedding.device
         self.rotary = Rotary(spec, device) if spec.rotary_dim else None
         model = spec.model
@@ -32,19 +34,28 @@ class Transformer:
             x = x + weights.positions[positions + spec.position_offset]
         if weights.embedding_norm is not None:
             x = self._norm(x, weights.embedding_norm)
+        mark = self.clock.mark
+        mark("embedding")
         turn = self.rotary.angles(positions) if self.rotary is not None else None
         for index, layer in enumerate(weights.layers):
             normed = self._norm(x, layer.norms[0])
+            mark("norm")
             mixed = self._attention(index, layer, normed, turn, attend, rotate_keys)
             if len(layer.norms) == 1:  # attention and MLP beside each other (GPT-J)
                 x = x + mixed + self._mlp(layer, normed)
             else:
                 x = x + mixed
-                x = x + self._mlp(layer, self._norm(x, layer.norms[1]))
-        return self._norm(x, weights.final_norm)
+                normed = self._norm(x, layer.norms[1])
+                mark("norm")
+                x = x + self._mlp(layer, normed)
+        x = self._norm(x, weights.final_norm)
+        mark("norm")
+        return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.weights.head, self.weights.head_bias)
+        out = F.linear(hidden, self.weights.head, self.weights.head_bias)
+        self.clock.mark("lm_head")
+        return out
 
     def _attention(
         self, index: int, layer: Layer, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor] | None, attend: Attend,
@@ -52,6 +63,8 @@ class Transformer:
     ) -> torch.Tensor:  # fmt: skip
         model = self.spec.model
         packed = F.linear(x, layer.matrices["qkv"], layer.biases.get("qkv"))
+        mark = self.clock.mark
+        mark("qkv")
         q, k, v = (part.unflatten(1, (-1, model.head_dim)) for part in packed.split(self._splits, 1))
         if layer.qk_norms is not None:
             q, k = (F.rms_norm(part, part.shape[-1:], weight, self.spec.norm_eps)
@@ -60,17 +73,26 @@ class Transformer:
             q = self.rotary.rotate(q, turn)
             if rotate_keys:
                 k = self.rotary.rotate(k, turn)
-        return F.linear(attend(index, q, k, v).flatten(1), layer.matrices["o"], layer.biases.get("o"))
+        mark("rope_and_kv_write")
+        mixed = attend(index, q, k, v).flatten(1)
+        mark("attention")
+        out = F.linear(mixed, layer.matrices["o"], layer.biases.get("o"))
+        mark("o")
+        return out
 
     def _mlp(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
         name = "gate_up" if "gate_up" in layer.matrices else "up"
         wide = F.linear(x, layer.matrices[name], layer.biases.get(name))
+        self.clock.mark(name)
         if name == "gate_up":
             gate, up = wide.chunk(2, 1)
             wide = self._activate(gate) * up
         else:
             wide = self._activate(wide)
-        return F.linear(wide, layer.matrices["down"], layer.biases.get("down"))
+        self.clock.mark("activation")
+        out = F.linear(wide, layer.matrices["down"], layer.biases.get("down"))
+        self.clock.mark("down")
+        return out
 
     def _activate(self, x: torch.Tensor) -> torch.Tensor:
         kind = self.spec.activation

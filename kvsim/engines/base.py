@@ -60,6 +60,8 @@ class Engine(Frozen):
     layout: ClassVar[str] = "paged"
     mixes_attention: ClassVar[bool] = True
     """Prompt chunks and decodes share one attention launch."""
+    one_by_one: ClassVar[bool] = False
+    """Policies' kernels are launched for one sequence of the batch after the other."""
     host_overlap: ClassVar[Literal["async", "sync"]] = "async"
     """async: the host prepares the next step while the device runs; sync: schedule + max(launch, device) + sample."""
     capture_sizes: ClassVar[tuple[int, ...]] = ()

@@ -35,6 +35,7 @@ class TorchDecoder(Engine):
 
     kernels: ClassVar[str] = "torch_decoder"
     mixes_attention: ClassVar[bool] = False
+    one_by_one: ClassVar[bool] = True
     host_overlap: ClassVar[Literal["async", "sync"]] = "sync"
 
     @property
