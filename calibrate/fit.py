@@ -33,6 +33,8 @@ PHYSICS_ROWS = 500
 """Rows, evenly spread, that the handful of physical constants is fitted to."""
 SOFT_L1_SCALE = 0.1
 MAX_KNOTS = 24
+LEAST_KNOT_GAP = 0.05
+"""Octaves: 3.5 %. Rows of nearly one size, as a decoder has them that moves on between steps, are one size."""
 TAIL_KNOTS = np.array([0.0, 0.15, 0.3, 0.5, 0.75, 1.0])
 
 Bounds = Mapping[str, tuple[float, float, float]]
@@ -217,13 +219,22 @@ def _axis_knots(name: str, values: np.ndarray, coarse: bool) -> np.ndarray:
 
 def _knots(values: np.ndarray, coarse: bool) -> np.ndarray:
     """The values themselves where they are few, else about one and a half an octave; coarse: one an octave and a half."""
-    unique = np.unique(np.round(values, 4))
+    unique = _apart(np.unique(np.round(values, 4)))
     if len(unique) <= (8 if coarse else MAX_KNOTS):
         return unique
     count = int(min(MAX_KNOTS, max(3, math.ceil((unique[-1] - unique[0]) * (0.7 if coarse else 1.5)))))
     targets = np.linspace(unique[0], unique[-1], count)
     nearest = np.unique([unique[np.argmin(np.abs(unique - target))] for target in targets])
     return nearest
+
+
+def _apart(values: np.ndarray) -> np.ndarray:
+    """Ascending values without those that follow the last one kept too closely."""
+    kept = values[:1].tolist()
+    for value in values[1:]:
+        if value - kept[-1] >= LEAST_KNOT_GAP:
+            kept.append(value)
+    return np.array(kept)
 
 
 def fold_numbers(groups: Sequence[object], folds: int) -> np.ndarray:

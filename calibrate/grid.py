@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sparse
+from scipy.linalg import solve
 from scipy.sparse.linalg import LinearOperator, cg
 
 from kvsim.correction import Correction, Term
@@ -18,6 +19,8 @@ LATER_TERMS_RIDGE = 3.0
 OUTLIER_LOG = 0.15
 """Rows further off than this (16 %) count less, in proportion: tables hold single wild rows."""
 ROUNDS = 3
+DENSE_SIZE = 1500
+"""Numbers that are solved for at once: a second's work."""
 TOLERANCE, MAX_ITERATIONS = 1e-5, 20_000
 """Of the right side's length; numbers are stored in thousandths."""
 
@@ -55,7 +58,9 @@ def fit_correction(places: np.ndarray, log_ratios: np.ndarray, specs: Sequence[T
 
 
 def _solve(matrix: sparse.csr_matrix, right: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Conjugate gradients: the matrix is symmetric and positive definite, and no factor of it is sparse."""
+    """The matrix is symmetric and positive definite. Conjugate gradients where it is large, as no factor of it is sparse."""
+    if len(right) <= DENSE_SIZE:
+        return np.asarray(solve(matrix.toarray(), right, assume_a="pos"))
     diagonal = matrix.diagonal()
     scaled = LinearOperator(matrix.shape, matvec=lambda x: x / diagonal)
     solution, failed = cg(matrix, right, start, rtol=TOLERANCE, maxiter=MAX_ITERATIONS, M=scaled)

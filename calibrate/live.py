@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from time import perf_counter_ns
 
 import numpy as np
 import simpy
 import torch
 
 from kvsim.batch import DecodeBatch, Sequence
+from kvsim.calibrate.decoder.clock import now_ns
 from kvsim.calibrate.decoder.decoder import CachedSequence, Decoder
 from kvsim.cost_types import Chunk, Run
 from kvsim.engines.scheduler import Scheduler, Step
@@ -72,7 +72,7 @@ class LiveReplica(Replica):
         self.caches: dict[Sequence, _Live] = {}
         self.peak_bytes = 0
         self._vocab = decoder.transformer.spec.model.vocab_size
-        self._ended_ns = perf_counter_ns()
+        self._ended_ns = now_ns(self.decoder.device)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class LiveReplica(Replica):
             for live, token in zip([*decoding, *ending], logits.argmax(1).tolist(), strict=True):
                 live.new.append(token)
         self.peak_bytes = max(self.peak_bytes, sum(live.cache.held_bytes() for live in self.caches.values()))
-        now = perf_counter_ns()
+        now = now_ns(self.decoder.device)
         elapsed, self._ended_ns = now - self._ended_ns, now
         return elapsed * PS_PER_NS
 

@@ -141,10 +141,10 @@ class Decoder:
         logits = self.transformer.logits(hidden[last])
         for sequence in ended:
             if sequence.max_steps > 0:
-                self._compress(sequence)
+                self.compress(sequence)
         return logits
 
-    def _compress(self, sequence: CachedSequence) -> None:
+    def compress(self, sequence: CachedSequence) -> None:
         for rule in self.rules:
             rule.prompt_ends(sequence)
             self.transformer.clock.mark("compact" if rule.policy.dimension == "tokens" else "think_gather")
@@ -154,7 +154,7 @@ class Decoder:
     def _prefill(self, sequence: CachedSequence, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         layer, start = sequence.layers[index], sequence.num_tokens
         out = attention.prefill(layer, q, k, v, start, self.how)
-        self._append(layer, k.transpose(0, 1), v.transpose(0, 1))
+        self.append(layer, k.transpose(0, 1), v.transpose(0, 1))
         heads = k.shape[1]
         if self.keeps_positions:
             layer.positions = torch.arange(layer.seen, device=self.device).expand(heads, -1)
@@ -181,7 +181,7 @@ class Decoder:
             layer.seen += 1
         else:
             slots = torch.tensor(layer.full.lengths, device=self.device) if self.keeps_positions else None
-            self._append(layer, k.transpose(0, 1), v.transpose(0, 1))
+            self.append(layer, k.transpose(0, 1), v.transpose(0, 1))
         if slots is not None and self.keeps_positions:
             longest = max(layer.full.lengths)
             layer.positions = _set(layer.positions, slots, longest, now)
@@ -199,7 +199,7 @@ class Decoder:
             self.transformer.clock.mark("decode_attention_scored")
         return out[None]
 
-    def _append(self, layer: LayerCache, k: torch.Tensor, v: torch.Tensor) -> None:
+    def append(self, layer: LayerCache, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v `[heads, n, head_dim]` after the tokens that are there."""
         rows, start = layer.full, layer.seen
         layer.seen += k.shape[1]
