@@ -21,10 +21,12 @@ LEAST_HALF_WIDTH = 0.01
 """Of a 16-84 % band: clocks alone move by as much between two runs."""
 
 
-def build(gpu: Gpu, found: Import, command: str, licence: str = "") -> tuple[ProfileFile, Fit, list[str]]:
-    """(profile, its fit with held-out residuals, what was left out as suspect)."""
+def build(
+    gpu: Gpu, found: Import, command: str, licence: str = "", sparse: bool = False
+) -> tuple[ProfileFile, Fit, list[str]]:
+    """(profile, its fit with held-out residuals, what was left out as suspect). sparse: as `fit_rows`."""
     rows, suspect = without_suspect(found.rows, found.rejected)
-    fit = fit_rows(gpu, rows)
+    fit = fit_rows(gpu, rows, sparse=sparse)
     tables = {
         key: TableData(table.correction.terms, len(table.rows), len(set(table.groups)), *mape_p90(table.residuals))
         for key, table in fit.tables.items()

@@ -35,6 +35,8 @@ SOFT_L1_SCALE = 0.1
 MAX_KNOTS = 24
 LEAST_KNOT_GAP = 0.05
 """Octaves: 3.5 %. Rows of nearly one size, as a decoder has them that moves on between steps, are one size."""
+LEAST_KNOTS, KNOTS_PER_ROOT = 3, 1.5
+"""Of an axis of sparse rows: so many times the root of the rows, of as high an order as the table has axes."""
 TAIL_KNOTS = np.array([0.0, 0.15, 0.3, 0.5, 0.75, 1.0])
 
 Bounds = Mapping[str, tuple[float, float, float]]
@@ -123,8 +125,12 @@ class Fit:
     tables: Mapping[TableKey, Table]
 
 
-def fit_rows(gpu: Gpu, rows: Sequence[MeasuredRow], folds: int = FOLDS) -> Fit:
-    """Fits everything that the rows inform. Rows must be possible (`kvsim.calibrate.rows.Import` sees to it)."""
+def fit_rows(gpu: Gpu, rows: Sequence[MeasuredRow], folds: int = FOLDS, sparse: bool = False) -> Fit:
+    """Fits everything that the rows inform. Rows must be possible (`kvsim.calibrate.rows.Import` sees to it).
+
+    sparse: rows are chosen points of a grid, not all of it. Tables get no more knots than rows can hold, lean on the median ratio
+    where nobody measured, and where all rows are of one shape, single rows are held out instead of none.
+    """
     by_table: dict[TableKey, list[tuple[Place, MeasuredRow]]] = {}
     for row in rows:
         place = locate(row.op, gpu.num_sms)
@@ -137,10 +143,12 @@ def fit_rows(gpu: Gpu, rows: Sequence[MeasuredRow], folds: int = FOLDS) -> Fit:
     for key, found in sorted(by_table.items()):
         chosen = [row for _, row in found]
         places = np.array([place.at for place, _ in found])
-        specs = term_specs(key[0], places)
-        groups = [shape_group(row.op) for row in chosen]
-        residuals = held_out(gpu, fitted, chosen, places, groups, specs, folds)
-        correction = fit_correction(places, log_ratios(DatasheetProfile(gpu, fitted), chosen), specs)
+        specs = term_specs(key[0], places, len(chosen) if sparse else None)
+        groups: list[object] = [shape_group(row.op) for row in chosen]
+        if sparse and len(set(groups)) == 1:
+            groups = [row.op for row in chosen]
+        residuals = held_out(gpu, fitted, chosen, places, groups, specs, folds, sparse)
+        correction = fit_correction(places, log_ratios(DatasheetProfile(gpu, fitted), chosen), specs, sparse)
         tables[key] = Table(correction, chosen, residuals, groups)
     return Fit(physics, tables)
 
@@ -195,13 +203,19 @@ def _is(row: MeasuredRow, kind: str, variant: str, gpu: Gpu) -> bool:
     return True
 
 
-def term_specs(kind: str, places: np.ndarray) -> list[TermSpec]:
-    """The terms of a kind with knots where the rows are. Terms whose axes do not vary are left out."""
+def term_specs(kind: str, places: np.ndarray, num_rows: int | None = None) -> list[TermSpec]:
+    """The terms of a kind with knots where the rows are. Terms whose axes do not vary are left out.
+
+    num_rows: that must suffice for the knots; None: there are plenty.
+    """
     names, specs = AXES[kind], []
     for axes, smooth in SMOOTH[kind]:
         where = tuple(names.index(axis) for axis in axes)
         coarse = bool(specs) and kind == Gemm.kind
         knots = [_axis_knots(names[which], places[:, which], coarse) for which in where]
+        if num_rows is not None:
+            most = max(LEAST_KNOTS, round(KNOTS_PER_ROOT * num_rows ** (1 / len(where))))
+            knots = [axis[np.unique(np.linspace(0, len(axis) - 1, most).round().astype(int))] for axis in knots]
         if specs and len(knots[0]) == 1:  # a later term is there for its first axis
             continue
         specs.append(TermSpec(where, tuple(knots), smooth))
@@ -247,7 +261,7 @@ def fold_numbers(groups: Sequence[object], folds: int) -> np.ndarray:
 
 def held_out(
     gpu: Gpu, base: Efficiencies, rows: Sequence[MeasuredRow], places: np.ndarray, groups: Sequence[object],
-    specs: Sequence[TermSpec], folds: int,
+    specs: Sequence[TermSpec], folds: int, sparse: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """log(measured / predicted) of every row by a fit, physics included, to the other folds; whole groups go together.
 
@@ -261,5 +275,7 @@ def held_out(
         out = fold == number
         seen = [row for row, left_out in zip(rows, out, strict=True) if not left_out]
         ratios = log_ratios(DatasheetProfile(gpu, base.replaced(fit_physics(gpu, base, seen))), rows)
-        residuals[out] = ratios[out] - evaluate(fit_correction(places[~out], ratios[~out], specs), places[out])
+        residuals[out] = ratios[out] - evaluate(
+            fit_correction(places[~out], ratios[~out], specs, sparse), places[out]
+        )
     return residuals

@@ -38,8 +38,15 @@ class TermSpec:
         return int(np.prod([len(axis) for axis in self.knots]))
 
 
-def fit_correction(places: np.ndarray, log_ratios: np.ndarray, specs: Sequence[TermSpec]) -> Correction:
-    """places: [rows, coordinates] log2; log_ratios: [rows] log(measured / physics)."""
+def fit_correction(
+    places: np.ndarray, log_ratios: np.ndarray, specs: Sequence[TermSpec], centred: bool = False
+) -> Correction:
+    """places: [rows, coordinates] log2; log_ratios: [rows] log(measured / physics).
+
+    centred: what no row says anything about stays with the rows' median ratio instead of the physics.
+    """
+    centre = float(np.median(log_ratios)) if centred else 0.0
+    log_ratios = log_ratios - centre
     design = sparse.hstack([_design(places, spec) for spec in specs]).tocsr()
     penalty = sparse.block_diag(
         [_penalty(spec, RIDGE * (LATER_TERMS_RIDGE if i else 1.0)) for i, spec in enumerate(specs)]
@@ -50,6 +57,7 @@ def fit_correction(places: np.ndarray, log_ratios: np.ndarray, specs: Sequence[T
         weighted = design.multiply(weights[:, None]).tocsr()
         solution = _solve((design.T @ weighted + penalty).tocsr(), weighted.T @ log_ratios, solution)
         weights = OUTLIER_LOG / np.maximum(OUTLIER_LOG, np.abs(log_ratios - design @ solution))
+    solution[: specs[0].size] += centre  # weights of a term sum to 1 everywhere
     terms, start = [], 0
     for spec in specs:
         terms.append(Term(spec.where, [axis.tolist() for axis in spec.knots], solution[start : start + spec.size].tolist()))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from kvsim.dtypes import matrix_bytes
 from kvsim.hardware import Gpu
-from kvsim.ops import Collective, DecodeAttention, Elementwise, Gemm, MixedAttention, Op, PrefillAttention
+from kvsim.ops import Collective, DecodeAttention, Elementwise, Gemm, MixedAttention, Op, PolicyKernel, PrefillAttention
 
 IMPOSSIBLE = 1.05
 """A row this much faster than the datasheet's peak or bandwidth allows is mislabelled: boards run at most a few percent above."""
@@ -69,14 +69,19 @@ def least_seconds(op: Op, gpu: Gpu) -> float:
         moved = op.kv_slots * op.slot_bytes
         return moved / bandwidth if moved > 2 * gpu.l2_bytes else 0.0
     if isinstance(op, PrefillAttention):
-        return op.flops / gpu.peak_flops("bf16")
+        return op.flops / gpu.peak_flops(_attention_dtype(op.kv_dtype))
     if isinstance(op, MixedAttention):
-        return op.prefill.flops / gpu.peak_flops("bf16")
+        return op.prefill.flops / gpu.peak_flops(_attention_dtype(op.prefill.kv_dtype))
     if isinstance(op, Elementwise):
         return op.bytes_moved / bandwidth if op.bytes_moved > 4 * gpu.l2_bytes else 0.0
     if isinstance(op, Collective) and op.name == "all_reduce":
         return 2.0 * (op.num_gpus - 1) / op.num_gpus * op.message_bytes / gpu.gpu_link_bytes_per_s / 2.0  # in-switch sums halve it
     return 0.0
+
+
+def _attention_dtype(kv_dtype: str) -> str:
+    """In which attention multiplies: 16 bits whatever the cache holds, unless that is fp32."""
+    return "fp32" if kv_dtype == "fp32" else "bf16"
 
 
 def impossible(op: Op, seconds: float, gpu: Gpu) -> str:
@@ -99,7 +104,7 @@ def shape_group(op: Op) -> tuple[object, ...]:
         return op.prefill.new_tokens, op.decode.batch
     if isinstance(op, Collective):
         return (op.message_bytes,)
-    return (op.bytes_moved,) if isinstance(op, Elementwise) else (op,)
+    return (op.bytes_moved,) if isinstance(op, Elementwise | PolicyKernel) else (op,)
 
 
 def without_suspect(rows: Sequence[MeasuredRow], rejected: Iterable[Rejected]) -> tuple[list[MeasuredRow], list[str]]:
