@@ -171,7 +171,7 @@ def run_policy(
     env = simpy.Environment(initial_time=0)
     replica = Replica(
         env, source, engine.scheduler(pool, plan, model), costs(), contended,
-        _RequestCheck(deployment, plan, ledger.pool_units), progress,
+        RequestCheck(deployment, plan, ledger.pool_units), progress,
     )  # fmt: skip
     env.process(replica.serve())
     try:
@@ -214,7 +214,7 @@ def _without_cycle_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _RequestCheck:
+class RequestCheck:
     """Refuses requests that the deployment can never serve."""
 
     def __init__(self, deployment: Deployment, plan: CachePlan, pool_units: int) -> None:

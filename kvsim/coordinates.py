@@ -87,7 +87,7 @@ def locate(op: Op, num_sms: int) -> Place:
         return Place(op.kind, f"{op.name} {mode}", op.num_gpus, (log2(max(op.message_bytes, 1)),))
     if isinstance(op, PolicyKernel):
         at_policy = log2(max(op.bytes_moved / max(op.num_launches, 1), 1.0)), log2(1 + op.flops / max(op.bytes_moved, 1.0))
-        return Place(op.kind, op.kernel, 0, at_policy)
+        return Place(op.kind, f"{op.kernel} {op.variant}".rstrip(), 0, at_policy)
     if isinstance(op, Copy):
         return Place(op.kind, op.link, 0, (log2(max(op.num_bytes, 1)),))
     return Place(op.kind, f"{op.engine} {op.part}", 0, (log2(max(op.batch, 1)),))

@@ -13,7 +13,7 @@ from kvsim.correction import Correction, cell_of
 from kvsim.datasheet import DatasheetProfile
 from kvsim.efficiencies import load_efficiencies
 from kvsim.hardware import Gpu
-from kvsim.ops import DecodeAttention, Gemm, MixedAttention, Op, PrefillAttention
+from kvsim.ops import DecodeAttention, Gemm, MixedAttention, Op, PolicyKernel, PrefillAttention
 from kvsim.profile import Answer, LogBias
 from kvsim.profile_file import ProfileFile, TableKey
 
@@ -96,6 +96,10 @@ class MeasuredProfile:
         if not same and kind.endswith("attention"):
             same = [key for key in self._corrections if key[0] == kind and key[1] == "16bit"]
             carried, sigma = "from 16 bit by bytes", DTYPE_SIGMA
+        if not same and kind == PolicyKernel.kind:  # another statistic of the same kernel
+            kernel = variant.partition(" ")[0]
+            same = [key for key in self._corrections if key[0] == kind and key[1].partition(" ")[0] == kernel]
+            carried, sigma = "from another statistic", DTYPE_SIGMA
         if not same:
             return None
         if kind.endswith("attention") and size:

@@ -118,6 +118,7 @@ class PolicyKernel:
     """A compression kernel (`kernels/` holds the real ones): bytes and FLOPs of `num_launches` launches together.
 
     owner: "policy", or "engine" for what an engine does to its cache whatever the policy (concatenation, beam reorder).
+    variant: which of a kernel's statistics, where they differ in more than bytes: drawing noise takes longer than adding up.
     """
 
     kind: ClassVar[str] = "policy"
@@ -126,6 +127,7 @@ class PolicyKernel:
     flops: float = 0.0
     num_launches: int = 1
     owner: str = "policy"
+    variant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,8 @@ class Prices:
         self.alone_ps: list[dict[int, int]] = [{} for _ in plan.layers_of]  # values of single[layer_group] looked up already
         self.actions = _Memo(self._action_curve)
         self.host = _Memo(self._host)
-        self.pool_price = Price(self._answer((1, op) for op in plan.pool_ops(pool_slots)))
+        pool_ops = plan.pool_ops(pool_slots) if engine.updates_whole_pool else ()
+        self.pool_price = Price(self._answer((1, op) for op in pool_ops))
 
     def _ask(self, op: Op, label: str) -> tuple[Part, float]:
         """(part, seconds) of one launch."""

@@ -42,6 +42,20 @@ def draws_bar(num_draws: int, *, shown: bool = True) -> Iterator[Callable[[int],
         yield lambda done: bar.update(task, completed=done)
 
 
+@contextmanager
+def count_bar(label: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar of (done, of so many), with the time that is left."""
+    if not shown or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 class _Bars:
     """One bar for the policies, one for the requests of the present one."""
 

@@ -11,7 +11,8 @@ from kvsim.profile import Profile
 from kvsim.requests import Request
 from kvsim.units import PS_PER_S
 
-_POOL_SLOTS = 1 << 40
+_POOL_SLOTS = 1 << 32
+"""More than any state here reads: no curve ends before it."""
 
 
 class Predictor:

@@ -14,6 +14,8 @@ from kvsim.forward import head_ops, linear_ops
 from kvsim.ops import Elementwise, Gemm, HostWork, Op, PolicyKernel, PrefillAttention
 from kvsim.policies.compose import CachePlan
 
+KERNEL_LABELS = {"select", "compact", "decode_attention_scored", "kv_quantize"}
+"""Marks of what policies do in a decode step."""
 Rows = list[tuple[Op, float]]
 """An Op, and seconds of one launch of it (policies' kernels: of all their launches)."""
 
@@ -136,15 +138,30 @@ def decode_rows(
     for _, op in head_ops(decoder.transformer.spec.model, 1, batch, weight_dtype=weight_dtype):
         name = "lm_head" if isinstance(op, Gemm) else "sampler"
         rows.append((op, seconds[name]))
-    lengths = [sum(lengths) for sequence in sequences for lengths in sequence.lengths()]
-    slots = sum(lengths) / shape.num_layers
-    longest = max(max(row) for sequence in sequences for row in sequence.lengths())
+    slots, resident, longest = _read_slots(plan, sequences)
     attention = replace(plan.attention(0, batch, 0, 0), kv_slots=round(slots), max_kv_tokens=longest)
     rows.append((attention, seconds["attention"] / shape.num_layers))
-    rows.append((HostWork("torch_decoder", "step", batch), seconds["step"]))
-    ops = plan.step_ops(batch, sum(lengths))
-    rows += _policy_rows([replace(op, num_launches=batch * op.num_launches) for op in ops if isinstance(op, PolicyKernel)], clock)
-    return rows
+    ops = plan.step_ops(batch, resident)
+    policies = _policy_rows([replace(op, num_launches=batch * op.num_launches) for op in ops if isinstance(op, PolicyKernel)], clock)
+    # What a policy does beyond its declared kernels, such as moving a ring on, is the step's own.
+    told = {op.kernel for op, _ in policies if isinstance(op, PolicyKernel)}
+    rest = sum(value for label, value in seconds.items() if label in KERNEL_LABELS - told)
+    rows.append((HostWork("torch_decoder", "step", batch), seconds["step"] + rest))
+    return rows + policies
+
+
+def _read_slots(plan: CachePlan, sequences: Sequence[CachedSequence]) -> tuple[float, int, int]:
+    """(slots that one layer's attention reads, resident (token, layer, head) triples, longest head), as plans count them.
+
+    Slots are bytes read over the bytes of a compressed slot: tokens in full precision count for several.
+    """
+    layers, resident = plan.shape.num_layers, sum(sum(row) for sequence in sequences for row in sequence.lengths())
+    if plan.is_plain:
+        slots = resident / layers
+    else:
+        slots = sum(plan.kv_bytes(s.shape.prompt_tokens, s.step) for s in sequences) / layers / plan.slot_bytes
+    longest = max(max(row) for sequence in sequences for row in sequence.lengths())
+    return slots, resident, max(longest, round(slots / len(sequences) / plan.shape.kv_heads))
 
 
 def prefill_rows(decoder: Decoder, new_tokens: int, prior_tokens: int, clock: OpClock, weight_dtype: str) -> Rows:

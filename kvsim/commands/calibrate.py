@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from kvsim.commands.calibrate_decoder import decode, serve
 from kvsim.commands.calibrate_import import import_
 from kvsim.commands.exit_codes import DONE
 from kvsim.errors import InputError
@@ -16,7 +17,8 @@ def calibrate() -> None:
     """Measure a device."""
 
 
-calibrate.add_command(import_)
+for command in (decode, serve, import_):
+    calibrate.add_command(command)
 
 
 @calibrate.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

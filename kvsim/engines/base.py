@@ -62,6 +62,8 @@ class Engine(Frozen):
     """Prompt chunks and decodes share one attention launch."""
     one_by_one: ClassVar[bool] = False
     """Policies' kernels are launched for one sequence of the batch after the other."""
+    updates_whole_pool: ClassVar[bool] = True
+    """KV-Compress's metrics are updated over the whole block pool in every step, as in its fork of vLLM."""
     host_overlap: ClassVar[Literal["async", "sync"]] = "async"
     """async: the host prepares the next step while the device runs; sync: schedule + max(launch, device) + sample."""
     capture_sizes: ClassVar[tuple[int, ...]] = ()

@@ -36,6 +36,7 @@ class TorchDecoder(Engine):
     kernels: ClassVar[str] = "torch_decoder"
     mixes_attention: ClassVar[bool] = False
     one_by_one: ClassVar[bool] = True
+    updates_whole_pool: ClassVar[bool] = False
     host_overlap: ClassVar[Literal["async", "sync"]] = "sync"
 
     @property

@@ -41,6 +41,7 @@ def window_scores(shape: CacheShape, prompt_tokens: float, window_tokens: int) -
     votes = window_tokens * prompt_tokens * shape.q_heads * shape.num_layers * SCORE_BYTES
     return PolicyKernel(
         "prefill_scores",
+        variant="window",
         bytes_moved=keys + 2 * votes + prompt_tokens * shape.num_pairs * SCORE_BYTES,  # votes are written and pooled
         flops=2.0 * window_tokens * prompt_tokens * shape.q_heads * shape.head_dim * shape.num_layers,
         num_launches=2 * shape.num_layers,
@@ -58,6 +59,7 @@ def prompt_scores(shape: CacheShape, new_tokens: int, prior_tokens: int, passes:
     queries = new_tokens * shape.q_heads * shape.num_layers * shape.head_dim * shape.element_bytes
     return PolicyKernel(
         "prefill_scores",
+        variant="sum" if passes == 1 else "gumbel",
         bytes_moved=passes * (keys + queries) + 2 * resident * shape.num_pairs * SCORE_BYTES,
         flops=2.0 * passes * pairs * shape.q_heads * shape.head_dim * shape.num_layers,
         num_launches=passes * shape.num_layers,
@@ -74,6 +76,7 @@ def accumulate_scores(
     logits = num_slots * shape.group * SCORE_BYTES
     return PolicyKernel(
         "decode_attention_scored",
+        variant="sum" if passes == 1 else "gumbel",
         bytes_moved=2 * passes * logits + 2 * num_slots * score_bytes,
         num_launches=passes * shape.num_layers,
     )
@@ -100,7 +103,7 @@ def rerotate(shape: CacheShape, num_slots: int) -> PolicyKernel:
 def write_probabilities(shape: CacheShape, num_slots: int) -> PolicyKernel:
     """Decode attention that also stores each query head's probabilities; it runs anyway, so no launch is added."""
     return PolicyKernel(
-        "decode_attention_scored", bytes_moved=float(num_slots * shape.group * SCORE_BYTES), num_launches=0
+        "decode_attention_scored", bytes_moved=float(num_slots * shape.group * SCORE_BYTES), num_launches=0, variant="written"
     )
 
 

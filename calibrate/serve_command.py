@@ -1,0 +1,137 @@
+"""`kvsim calibrate serve`: a trace served for real by the decoder, beside its simulation, request by request."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import simpy
+import torch
+
+from kvsim.api import Deployment, RequestCheck, build_ledger, build_plan, deploy, run_policy
+from kvsim.calibrate.decoder.decoder import Decoder
+from kvsim.calibrate.decoder.spec import spec_from_hf, spec_of
+from kvsim.calibrate.decoder.study import TORCH_DTYPES
+from kvsim.calibrate.decoder.transformer import Transformer
+from kvsim.calibrate.decoder.weights import hf_weights, random_weights
+from kvsim.calibrate.live import LiveReplica
+from kvsim.engines.torch_decoder import TorchDecoder
+from kvsim.errors import InputError
+from kvsim.metrics import Summary, summarize
+from kvsim.pool import BlockPool
+from kvsim.recording import RunLog
+from kvsim.scenario import Scenario
+from kvsim.units import PS_PER_S
+from kvsim.workload import build_source
+
+HEADS = ("metric", "measured", "simulated", "simulated / measured")
+COLUMNS = ("policy", "index", "prompt_tokens", "output_tokens", "ttft_s", "ttft_simulated_s", "e2e_s", "e2e_simulated_s",
+           "preemptions", "preemptions_simulated")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Served:
+    """One policy: the real run and the simulated one, of the same requests by the same scheduler."""
+
+    policy: str
+    measured: Summary
+    simulated: Summary
+    logs: tuple[RunLog, RunLog]
+    peak_cache_bytes: int
+    """The most that real caches held, keys, values and scales; `pool_bytes` is what the simulated pool gave out at its peak."""
+    pool_bytes: int
+
+    def lines(self) -> list[tuple[str, ...]]:
+        """Cells under HEADS."""
+        real, said = self.measured, self.simulated
+        rows = []
+        for name in ("ttft", "tpot", "e2e"):
+            for statistic in ("mean", "p50", "p99"):
+                values = [getattr(getattr(side, name), f"{statistic}_s") for side in (real, said)]
+                rows.append((f"{name.upper()} {statistic}, s", *values))
+        rows += [
+            ("output tokens/s", real.output_tokens_per_s, said.output_tokens_per_s),
+            ("mean decode batch", real.mean_decode_batch_sequences, said.mean_decode_batch_sequences),
+            ("largest decode batch", real.max_decode_batch_sequences, said.max_decode_batch_sequences),
+            ("preemptions", real.num_preemptions, said.num_preemptions),
+            ("peak cache, MB", self.peak_cache_bytes / 1e6, self.pool_bytes / 1e6),
+        ]
+        return [(name, f"{a:.4g}", f"{b:.4g}", f"{b / a:.3f}" if a else "-") for name, a, b in rows]
+
+    def median_errors(self) -> dict[str, float]:
+        """Median over requests of |simulated - measured| / measured."""
+        real, said = (_by_request(log) for log in self.logs)
+        return {name: float(np.median(np.abs(said[name] / real[name] - 1))) for name in ("ttft", "e2e")}
+
+
+def serve(scenario: Scenario, device: torch.device, weights: Path | None = None, seed: int = 0) -> list[Served]:
+    """Every policy of the scenario. weights: a Hugging Face folder of the scenario's model; None: random ones.
+
+    Raises InputError for another engine than torch_decoder, for tensor parallelism, and for what the decoder cannot hold.
+    """
+    if not isinstance(scenario.engine, TorchDecoder):
+        raise InputError("engine.kind", scenario.engine.kind, "must be torch_decoder", "it is the engine that can be run here")
+    if scenario.tensor_parallel != 1:
+        raise InputError("tensor_parallel", scenario.tensor_parallel, "must be 1: the decoder runs on one device")
+    if scenario.weight_dtype not in TORCH_DTYPES:
+        names = ", ".join(TORCH_DTYPES)
+        raise InputError("weight_dtype", scenario.weight_dtype, f"must be one of {names}", "the decoder does not quantise weights")
+    deployment = deploy(scenario)
+    dtype = TORCH_DTYPES[scenario.weight_dtype]
+    if weights is None:
+        spec = spec_of(deployment.model)
+        transformer = Transformer(spec, random_weights(spec, dtype, device))
+    else:
+        spec = spec_from_hf(weights)
+        transformer = Transformer(spec, hf_weights(spec, weights, dtype, device))
+    return [_serve(scenario, deployment, transformer, name, seed) for name in scenario.policies]
+
+
+def _serve(scenario: Scenario, deployment: Deployment, transformer: Transformer, name: str, seed: int) -> Served:
+    plan = build_plan(deployment, scenario.policies[name], f"policies.{name}")
+    ledger = build_ledger(deployment, plan)
+    simulated = run_policy(scenario, deployment, name, plan)
+    decoder = Decoder(transformer, plan, ledger.pool_units * plan.unit_bytes, seed=seed)
+    source = build_source(scenario.workload, scenario.base_dir)
+    if source.hash_block_tokens:
+        raise InputError("workload.trace", None, "must have no prefix hashes here", "the decoder shares no prefixes")
+    env = simpy.Environment(initial_time=0)
+    scheduler = deployment.engine.scheduler(BlockPool(ledger.pool_units), plan, deployment.model)
+    live = LiveReplica(env, source, scheduler, decoder, seed, RequestCheck(deployment, plan, ledger.pool_units))
+    env.process(live.serve())
+    env.run()
+    measured = summarize(live.log, warmup_requests=scenario.workload.warmup_requests, slo=scenario.slo)
+    pool_bytes = simulated.summary.peak_held_units * plan.unit_bytes
+    return Served(name, measured, simulated.summary, (live.log, simulated.log), live.peak_bytes, pool_bytes)
+
+
+def _by_request(log: RunLog) -> Mapping[str, np.ndarray]:
+    """Seconds by request, in order of arrival."""
+    columns = log.request_columns()
+    order = np.argsort(columns["index"], kind="stable")
+    arrival = columns["arrival_ps"][order]
+    return {
+        "index": columns["index"][order], "prompt_tokens": columns["prompt_tokens"][order],
+        "output_tokens": columns["output_tokens"][order], "preemptions": columns["num_preemptions"][order],
+        "ttft": (columns["first_token_ps"][order] - arrival) / PS_PER_S, "e2e": (columns["finish_ps"][order] - arrival) / PS_PER_S,
+    }  # fmt: skip
+
+
+def write_requests(served: list[Served], path: Path) -> None:
+    """A row for each request of each policy."""
+    partial = path.with_suffix(".tmp")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for one in served:
+            real, said = (_by_request(log) for log in one.logs)
+            for row in range(len(real["index"])):
+                writer.writerow((
+                    one.policy, *(int(real[name][row]) for name in ("index", "prompt_tokens", "output_tokens")),
+                    *(f"{side[name][row]:.9f}" for name in ("ttft", "e2e") for side in (real, said)),
+                    *(int(side["preemptions"][row]) for side in (real, said)),
+                ))  # fmt: skip
+    partial.replace(path)
