@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvsim.metrics import Summary
+    from kvsim.planning.result import PublishedQuality
     from kvsim.recording import RunLog
 
 
@@ -71,6 +72,8 @@ class PolicyResult:
     basis: tuple[Basis, ...]
     notes: tuple[str, ...] = ()
     """What a reader must know beside the numbers: features turned off and why, physics left out."""
+    quality: PublishedQuality | None = None
+    """The published figure nearest to the policy, budget and model (`kvsim.quality`); None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)

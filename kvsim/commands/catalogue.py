@@ -6,9 +6,9 @@ import click
 
 
 @click.command("list")
-@click.argument("what", type=click.Choice(("gpus", "models", "policies", "engines", "profiles")))
+@click.argument("what", type=click.Choice(("gpus", "models", "policies", "engines", "profiles", "quality")))
 def list_(what: str) -> None:
-    """What there is to choose from: gpus, models, policies, engines or profiles."""
+    """What there is to choose from: gpus, models, policies, engines, profiles or quality."""
     from kvsim.reports.catalogue import print_catalogue
 
     print_catalogue(what)

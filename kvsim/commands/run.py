@@ -12,8 +12,8 @@ from kvsim.commands.options import load, scenario_options
 from kvsim.errors import InputError
 
 SECTION_NAMES = (
-    "title", "latency", "means", "capacity", "gains", "bands", "slo", "time", "ledger", "full_ledger", "basis", "notes", "warnings",
-    "verdict",
+    "title", "latency", "means", "capacity", "gains", "bands", "slo", "quality", "full_quality", "time", "ledger", "full_ledger",
+    "basis", "notes", "warnings", "verdict",
 )  # fmt: skip
 """Those of kvsim.reports.terminal, without importing it (a test compares them)."""
 
@@ -45,7 +45,7 @@ class _Sections(click.ParamType):
 @click.option("--perfetto", is_flag=True, help="A trace for https://ui.perfetto.dev in DIR.")
 @click.option(
     "--sections", type=_Sections(), metavar="NAME,...",
-    help="Parts of the report: " + ", ".join(SECTION_NAMES) + "; by default all but full_ledger.",
+    help="Parts of the report: " + ", ".join(SECTION_NAMES) + "; by default all but full_quality and full_ledger.",
 )  # fmt: skip
 @click.option(
     "--uncertainty", type=click.IntRange(min=2), metavar="N",

@@ -171,6 +171,12 @@ class Policy(Frozen):
         """Buffers that must be free when the policy acts, for the longest sequence: one layer at a time."""
         return 0
 
+    # -- what is published about it -------------------------------------------------------------------------------
+
+    def published_budget(self) -> dict[str, float]:
+        """The budget as publications state it, by measure of `kvsim.quality.MEASURES`; empty: none is stated."""
+        return {}
+
     def notes(self) -> tuple[str, ...]:
         """What a reader must know beside the numbers: assumptions, physics left out."""
         return ()
