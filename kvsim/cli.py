@@ -11,10 +11,11 @@ from kvsim.commands.calibrate import calibrate
 from kvsim.commands.catalogue import list_
 from kvsim.commands.exit_codes import BAD_INPUT, DONE, EXIT_CODES, INTERRUPTED, PIPE_CLOSED
 from kvsim.commands.run import run, show
+from kvsim.commands.schema import schema
 from kvsim.commands.validate import validate
 from kvsim.errors import KvsimError
 
-COMMANDS: tuple[click.Command, ...] = (run, show, list_, validate, calibrate)
+COMMANDS: tuple[click.Command, ...] = (run, show, list_, schema, validate, calibrate)
 
 
 def main(argv: list[str] | None = None) -> int:
