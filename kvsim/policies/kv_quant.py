@@ -56,6 +56,9 @@ class KVQuant(Policy):
     def step_ops(self, shape: CacheShape, batch: int, num_slots: int) -> tuple[Op, ...]:
         return self._quantize(shape, batch)
 
+    def stock_kv_cache_dtype(self) -> str | None:
+        return "fp8" if self.dtype == "fp8" else None
+
     def published_budget(self) -> dict[str, float]:
         return {"bits": BITS[self.dtype]}
 
