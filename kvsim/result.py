@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from kvsim.metrics import Summary
     from kvsim.planning.result import PublishedQuality
     from kvsim.recording import RunLog
@@ -90,6 +92,12 @@ class Result:
     warmup_requests: int = 0
     bands: Mapping[str, Bands] = field(default_factory=dict)
     """By policy; empty unless they were asked for."""
+
+    def to_frame(self) -> DataFrame:
+        """A row for each policy: `kvsim.frames.summary`. Raises InputError without pandas."""
+        from kvsim.frames import summary
+
+        return summary(self)
 
     @property
     def baseline(self) -> str | None:
