@@ -143,8 +143,7 @@ def _data(answers: Answers, model: Model, tp: int) -> dict[str, Any]:
         engine["batch_size"] = BATCH_SIZE
     block_tokens = next(engine for engine in ENGINES if kind_of(engine) == kind)().block_tokens  # type: ignore[call-arg]
     prompt_tokens = traffic.prompt_mean_tokens if traffic else 2048
-    names = answers.policies or DEFAULT_POLICIES
-    policies = {name.strip(): policy_blocks(name.strip(), prompt_tokens, block_tokens) for name in names}
+    policies = {name: policy_blocks(name, prompt_tokens, block_tokens) for name in answers.policies}
     by_kind = {kind_of(policy): policy for policy in POLICIES}
     if any(by_kind[block["kind"]].per_head_lengths for blocks in policies.values() for block in blocks):
         engine["per_head_kv"] = True
@@ -231,7 +230,7 @@ engine:  # kvsim list engines
 {_engine_lines(scenario.engine)}
 workload:
 {source}{rate}{_lines(traffic)}
-# The first is what the others are compared with; blocks in one list compose (kvsim list policies).
+# The whole cache, [], is what the others are compared with; blocks in one list compose (kvsim list policies).
 policies:
 {_policy_lines(scenario)}
 # Limits in seconds: METRIC_STATISTIC_s with ttft, tpot, e2e, queue or itl, and mean, p50, p90, p99 or max.

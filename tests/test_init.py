@@ -131,6 +131,7 @@ def test_the_command_writes_once_and_the_scenario_runs(
     assert (tmp_path / "my.yaml").read_bytes() == written
     assert main([*command, "--force", "--engine", "sglang"]) == 0
     assert load_scenario(tmp_path / "my.yaml").engine.kind == "sglang"  # type: ignore[attr-defined]
+    assert main(["init", "--policies", " , ", "--out", "none.yaml"]) == 2 and "at least one policy" in capsys.readouterr().err
     assert main(["init", "--out", "nowhere/my.yaml"]) == 2 and "there is no folder nowhere" in capsys.readouterr().err
     assert main(["init", "--model", "llama-3.1-405b", "--gpu", "t4", "--out", "big.yaml"]) == 2
     assert "does not fit" in capsys.readouterr().err and not (tmp_path / "big.yaml").exists()

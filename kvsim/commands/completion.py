@@ -10,7 +10,7 @@ VARIABLE = "_KVSIM_COMPLETE"
 """Set by the shell's function to ask `kvsim` for completions, as click's scripts do."""
 
 
-@click.command()
+@click.command(short_help="Print a shell's completion script.")
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:

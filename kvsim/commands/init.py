@@ -25,7 +25,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-@click.command(epilog=EXIT_CODES)
+@click.command(epilog=EXIT_CODES, short_help="Write a commented scenario.")
 @click.option("--gpu", type=CatalogueName("gpus"), metavar="NAME", help="Name of `kvsim list gpus`, or a YAML file.")
 @click.option("--model", type=CatalogueName("models"), metavar="NAME", help="Name of `kvsim list models`, or a config.json.")
 @click.option("--engine", type=click.Choice(ENGINE_KINDS), help="Serving engine.")

@@ -8,6 +8,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from kvsim.errors import InputError
+
 
 class CatalogueName(click.ParamType):
     """A name of `kvsim list gpus` or models, or a path; the command that loads it checks it."""
@@ -31,7 +33,10 @@ class PolicyKinds(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
-        return tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
+        names = tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
+        if not names:
+            raise InputError("--policies", value, "must name at least one policy", "try full,snapkv")
+        return names
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from kvsim.policies import POLICIES

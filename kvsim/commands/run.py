@@ -33,7 +33,7 @@ class _Sections(click.ParamType):
         return names
 
 
-@click.command(epilog=EXIT_CODES)
+@click.command(epilog=EXIT_CODES, short_help="Simulate and compare policies.")
 @scenario_options
 @click.option("--out", metavar="DIR", help="Write summary.json, a row per request, plots and (on request) a trace there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON in place of the tables.")
@@ -95,10 +95,10 @@ def run(
         print_report(result, sections=sections)
 
 
-@click.command()
+@click.command(short_help="Resolve without simulating.")
 @scenario_options
 def show(scenario: str, overrides: tuple[tuple[str, Any], ...], names: tuple[str, ...]) -> None:
-    """What SCENARIO resolves to, without simulating: GPU memory line by line, KV bytes and blocks of every policy."""
+    """What SCENARIO resolves to, without simulating: GPU memory line by line, KV bytes and blocks of every policy, and the engine's command line."""
     loaded = load(scenario, overrides, names)
     from kvsim.reports.resolved import print_resolved
 

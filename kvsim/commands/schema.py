@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 
-@click.command()
+@click.command(short_help="Print a scenario's JSON Schema.")
 @click.argument("what", type=click.Choice(("scenario",)), default="scenario")
 def schema(what: str) -> None:
     """Print the JSON Schema of a scenario, with which editors complete, explain and check fields.
