@@ -8,7 +8,7 @@ from kvsim.engines.base import Engine
 from kvsim.model import Model
 from kvsim.policies.base import Policy
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 MISSING = "not in the released engine; takes a fork or a plug-in that does it"

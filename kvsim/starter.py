@@ -52,7 +52,7 @@ TRAFFIC = {
 SPREAD = {"chat": (0.96, 0.77), "summarise": (0.6, 0.6), "rag": (0.4, 0.8)}
 """Coefficients of variation of prompts and answers: of the same trace for chat, else assumed."""
 TRACE_FORMATS = {".csv": "csv", ".jsonl": "jsonl"}
-FULL, DEFAULT_POLICIES = "full", ("full", "snapkv", "kivi", "kv_quant")
+FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ name: {_yaml(scenario.name)}
 gpu: {_yaml(scenario.gpu)}  # kvsim list gpus
 model: {_yaml(scenario.model)}  # kvsim list models, or the path of a Hugging Face config.json
 tensor_parallel: {scenario.tensor_parallel}  # GPUs that share each layer
-weight_dtype: {scenario.weight_dtype}  # fp16, bf16, fp8, int8 or int4
+weight_dtype: {scenario.weight_dtype}  # fp32, fp16, bf16, fp8, int8 or int4
 
 engine:  # kvsim list engines
 {_engine_lines(scenario.engine)}

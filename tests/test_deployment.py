@@ -21,7 +21,7 @@ from kvsim.policies.kv_quant import KVQuant
 from kvsim.schema import kind_of
 
 MODEL = load_model("llama-3.1-8b")
-SERVERS = [engine for engine in ENGINES if engine is not HuggingFace]
+SERVERS = [engine for engine in ENGINES if engine.command]
 VLLM = {
     "tensor-parallel-size", "max-model-len", "max-num-seqs", "max-num-batched-tokens", "block-size", "kv-cache-dtype", "dtype",
     "gpu-memory-utilization", "num-gpu-blocks-override", "enforce-eager", "quantization", "no-enable-prefix-caching",
@@ -67,7 +67,7 @@ def other_value(engine: type[Engine], name: str) -> Any:
 def test_every_option_exists_in_the_released_engine(engine: type[Engine]) -> None:
     changed = [engine()] + [engine(**{name: other_value(engine, name)}) for name in engine.model_fields if name != "kind"]
     for one in changed:
-        for dtype in ("bf16", "fp16", "fp8", "int4"):
+        for dtype in ("fp32", "bf16", "fp16", "fp8", "int4"):
             lines = deployment_lines(one, MODEL, 2, dtype)
             assert lines[0] == f"{engine.command} llama-3.1-8b" and options(lines) <= OPTIONS[kind_of(engine)]
             assert all(line.startswith(("--", "# ")) for line in lines[1:])
@@ -99,6 +99,7 @@ def test_values_are_the_fields() -> None:
     assert "--kv-cache-dtype fp8_e4m3" in SgLang(kv_cache_dtype="fp8").flags(MODEL, 1)
     trt = " ".join(TensorRtLlm(tokens_per_block=64, capacity_policy="max_utilization", chunked_context=True).flags(MODEL, 8))
     assert "--tp_size 8" in trt and "tokens_per_block: 64" in trt and "MAX_UTILIZATION" in trt and "enable_chunked_prefill: true" in trt
+    assert {kind_of(engine) for engine in ENGINES} - {kind_of(engine) for engine in SERVERS} == {"huggingface", "torch_decoder"}
     assert HuggingFace().flags(MODEL, 1) == () and deployment_lines(HuggingFace(), MODEL, 1, "bf16") == ()
 
 

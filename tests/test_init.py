@@ -13,7 +13,7 @@ import pytest
 
 from kvsim.api import simulate
 from kvsim.cli import main
-from kvsim.commands.init import DEFAULTS, ENGINE_KINDS, TRAFFIC_NAMES, WEIGHT_DTYPES
+from kvsim.commands.init import ENGINE_KINDS, TRAFFIC_NAMES, WEIGHT_DTYPES
 from kvsim.dtypes import WeightDtype
 from kvsim.engines import ENGINES
 from kvsim.errors import DoesNotFitError, InputError
@@ -22,7 +22,7 @@ from kvsim.model import list_models
 from kvsim.policies import POLICIES
 from kvsim.scenario import load_scenario, parse_scenario
 from kvsim.schema import kind_of
-from kvsim.starter import DEFAULT_POLICIES, TRAFFIC, Answers, policy_blocks, starter_text
+from kvsim.starter import TRAFFIC, Answers, policy_blocks, starter_text
 from kvsim.yaml_text import parse_yaml
 
 MODELS = ("opt-6.7b", "llama-3.1-8b", "llama-3.1-70b")
@@ -41,7 +41,6 @@ def parsed(text: str, folder: Path = Path()) -> Any:
 def test_constants_that_spare_an_import_are_true() -> None:
     assert tuple(kind_of(engine) for engine in ENGINES) == ENGINE_KINDS
     assert tuple(TRAFFIC) == TRAFFIC_NAMES and get_args(WeightDtype) == WEIGHT_DTYPES
-    assert tuple(DEFAULTS["policies"].split(",")) == DEFAULT_POLICIES
 
 
 @pytest.mark.parametrize("gpu", list_gpus())

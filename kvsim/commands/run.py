@@ -98,7 +98,7 @@ def run(
 @click.command(short_help="Resolve without simulating.")
 @scenario_options
 def show(scenario: str, overrides: tuple[tuple[str, Any], ...], names: tuple[str, ...]) -> None:
-    """What SCENARIO resolves to, without simulating: GPU memory line by line, KV bytes and blocks of every policy, and the engine's command line."""
+    """What SCENARIO resolves to, without simulating: GPU memory line by line, KV bytes and blocks by policy, the engine's command line."""
     loaded = load(scenario, overrides, names)
     from kvsim.reports.resolved import print_resolved
 
