@@ -95,6 +95,13 @@ Made by `docs/generate.py` from the code; do not edit by hand. A scenario is a Y
 complete one. Units are in the names of the fields: seconds, GiB, tokens, shares from 0 to 1. Unknown keys are refused, paths
 start from the scenario's folder, and `kvsim run --set workload.seed=1` overrides any field. A whole number without an upper
 bound below may be up to 2,147,483,647. "none" as a default: the field is left out.
+
+Editors that speak YAML (VS Code with the YAML extension, Neovim, Helix, JetBrains) complete, explain and check all of this: save the
+JSON Schema with `kvsim schema > kvsim.schema.json` and make the scenario's first line
+
+```yaml
+# yaml-language-server: $schema=kvsim.schema.json
+```
 """
     yield "## The file\n"
     yield fields_table(Scenario)

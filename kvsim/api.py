@@ -26,6 +26,7 @@ from kvsim.policies.compose import CachePlan, Composition
 from kvsim.pool import BlockPool, PrefixPool
 from kvsim.profile import Profile
 from kvsim.profiles import load_profile
+from kvsim.quality import nearest
 from kvsim.recording import RunLog
 from kvsim.requests import Request
 from kvsim.result import Basis, PolicyResult, Result
@@ -199,6 +200,7 @@ def run_policy(
         pool_units=ledger.pool_units, unit_bytes=plan.unit_bytes,
         kv_bytes_per_sequence=_kv_bytes_per_sequence(log, plan.unit_bytes),
         basis=_basis(replica), notes=tuple(dict.fromkeys(notes)),
+        quality=nearest(plan.composition.policies, model, float(log.request_columns()["prompt_tokens"].mean())),
     )  # fmt: skip
 
 

@@ -81,6 +81,14 @@ class Fields:
         """Dotted name of a key for messages."""
         return f"{self._prefix}.{key}"
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys, in the file's order; each must be text."""
+        for key in self._content:
+            if not isinstance(key, str):
+                raise InputError(self._prefix, key, "must have keys of text", "put them in quotes")
+        return tuple(self._content)
+
     def has(self, key: str) -> bool:
         """Whether the key is there and not null."""
         return self._content.get(key) is not None

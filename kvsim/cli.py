@@ -9,17 +9,22 @@ import click
 
 from kvsim.commands.calibrate import calibrate
 from kvsim.commands.catalogue import list_
+from kvsim.commands.completion import answered, completion
 from kvsim.commands.exit_codes import BAD_INPUT, DONE, EXIT_CODES, INTERRUPTED, PIPE_CLOSED
+from kvsim.commands.init import init
 from kvsim.commands.run import run, show
+from kvsim.commands.schema import schema
 from kvsim.commands.validate import validate
 from kvsim.errors import KvsimError
 
-COMMANDS: tuple[click.Command, ...] = (run, show, list_, validate, calibrate)
+COMMANDS: tuple[click.Command, ...] = (init, run, show, list_, schema, validate, calibrate, completion)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code (see EXIT_CODES)."""
     try:
+        if argv is None and answered(cli):
+            return DONE
         args = sys.argv[1:] if argv is None else list(argv)
         # Not cli.main(), which makes exit codes of its own out of what is caught below.
         with cli.make_context("kvsim", list(args), obj=args) as context:  # profiles keep the command that made them

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from kvsim.metrics import Summary
+    from kvsim.planning.result import PublishedQuality
     from kvsim.recording import RunLog
 
 
@@ -71,6 +74,8 @@ class PolicyResult:
     basis: tuple[Basis, ...]
     notes: tuple[str, ...] = ()
     """What a reader must know beside the numbers: features turned off and why, physics left out."""
+    quality: PublishedQuality | None = None
+    """The published figure nearest to the policy, budget and model (`kvsim.quality`); None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,12 @@ class Result:
     warmup_requests: int = 0
     bands: Mapping[str, Bands] = field(default_factory=dict)
     """By policy; empty unless they were asked for."""
+
+    def to_frame(self) -> DataFrame:
+        """A row for each policy: `kvsim.frames.summary`. Raises InputError without pandas."""
+        from kvsim.frames import summary
+
+        return summary(self)
 
     @property
     def baseline(self) -> str | None:

@@ -32,7 +32,7 @@ def field_rows(model: type[BaseModel], base: type[BaseModel] | None = None) -> I
     for name, field in model.model_fields.items():
         same = name in inherited and inherited[name].default == field.default
         if name != "kind" and not field.exclude and not same:
-            yield FieldRow(name, _unit(name), _allowed(field), default_text(field), field.description or "")
+            yield FieldRow(name, unit(name), _allowed(field), default_text(field), field.description or "")
 
 
 def kind_of(model: type[BaseModel]) -> str:
@@ -46,7 +46,8 @@ def first_sentence(model: type[BaseModel]) -> str:
     return text.split(". ")[0].rstrip(".")
 
 
-def _unit(name: str) -> str:
+def unit(name: str) -> str:
+    """Of a field, by the end of its name; "" where it has none."""
     return next((unit for suffix, unit in _UNITS.items() if name.endswith(suffix)), "")
 
 

@@ -89,6 +89,19 @@ def profiles() -> Iterator[RenderableType]:
     )
 
 
+def quality() -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    from kvsim.quality import figures
+    from kvsim.reports.quality import catalogue_tables
+
+    yield from catalogue_tables(figures())
+    yield Text(
+        "\n* read off a plot, +-0.2. `kvsim run` shows the nearest figure beside each policy; of a composition only what was "
+        "published of it as a whole."
+    )
+
+
 def _entry(name: str, meaning: str, fields: str) -> RenderableType:
     from rich.console import Group
     from rich.padding import Padding
@@ -103,5 +116,5 @@ def _fields(model: type[BaseModel], base: type[BaseModel] | None = None) -> str:
 
 
 TABLES: dict[str, Callable[[], Iterator[RenderableType]]] = {
-    "gpus": gpus, "models": models, "policies": policies, "engines": engines, "profiles": profiles,
+    "gpus": gpus, "models": models, "policies": policies, "engines": engines, "profiles": profiles, "quality": quality,
 }  # fmt: skip

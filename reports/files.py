@@ -133,6 +133,7 @@ def summary_data(result: Result) -> dict[str, Any]:
             "basis": policy.basis,
             "notes": policy.notes,
             "error_bands": result.bands.get(name),
+            "published_quality": policy.quality and policy.quality.model_dump(),
         }
         for name, policy in result.policies.items()
     }

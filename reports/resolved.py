@@ -1,4 +1,4 @@
-"""What a scenario resolves to before anything is simulated: traffic, KV bytes and blocks by policy, GPU memory by line."""
+"""What a scenario resolves to before anything is simulated: traffic, KV bytes and blocks, GPU memory by line, deployment."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from kvsim.api import build_ledger, build_plan, deploy
+from kvsim.api import Deployment, build_ledger, build_plan, deploy
+from kvsim.deployment import MISSING, deployment_lines
 from kvsim.errors import DoesNotFitError
-from kvsim.reports.console import print_parts
+from kvsim.reports.console import PIPE_WIDTH, print_parts
 from kvsim.reports.formats import number
 from kvsim.reports.tables import ledger_differences, ledger_table, plain_table
 from kvsim.scenario import Scenario
@@ -66,3 +67,26 @@ def resolved(scenario: Scenario) -> Iterator[RenderableType]:
         yield from ledger_differences({name: ledger.lines for name, ledger in ledgers.items()}, first)
     if refused:
         yield Text(f"\n{refused}", style="yellow")
+    yield from _deployment(scenario, deployment)
+
+
+def _deployment(scenario: Scenario, deployment: Deployment) -> Iterator[RenderableType]:
+    """The engine's command line; policies whose command is the same share it. Comments stay comments where they are wrapped."""
+    from textwrap import fill
+
+    from rich.text import Text
+
+    engine, model, tp, dtype = deployment.engine, deployment.model, deployment.tp, deployment.weight_dtype
+    shared: dict[tuple[str, ...], list[str]] = {}
+    missing: dict[tuple[str, ...], dict[str, None]] = {}
+    for name, policies in scenario.policies.items():
+        lines = deployment_lines(engine, model, tp, dtype, policies)
+        alike = tuple(line for line in lines if not line.endswith(MISSING))
+        shared.setdefault(alike, []).append(name)
+        missing.setdefault(alike, {}).update(dict.fromkeys(line for line in lines if line.endswith(MISSING)))
+    for alike, names in shared.items():
+        if alike:
+            yield Text(f"\nTo deploy {', '.join(names)}", style="bold")
+            yield Text(" \\\n  ".join(line for line in alike if not line.startswith("#")))
+            for comment in (*(line for line in alike if line.startswith("#")), *missing[alike]):
+                yield Text(fill(comment, PIPE_WIDTH - 2, subsequent_indent="#   "))

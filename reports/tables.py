@@ -56,8 +56,9 @@ def ledger_differences(ledgers: Mapping[str, Sequence[LedgerLine]], reference: s
 
 
 def plain_table(
-    title: str, heads: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, right: bool = False
+    title: str, heads: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, right: bool = False, left: bool = False
 ) -> RenderableType:
+    """right: numbers in all columns but the first; left: in none; else in all but the first and the last."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -70,7 +71,7 @@ def plain_table(
         show_edge=False,
     )
     for i, head in enumerate(heads):
-        numeric = i > 0 and (right or i < len(heads) - 1)
+        numeric = i > 0 and not left and (right or i < len(heads) - 1)
         align = "right" if numeric else "left"
         table.add_column(Text(head), justify=align, vertical="bottom" if right else "top", overflow="fold")
     for row in rows:

@@ -17,6 +17,7 @@ from kvsim.reports.compare import (
 )
 from kvsim.reports.console import PIPE_WIDTH, print_parts, text_of
 from kvsim.reports.formats import factor, number, percent, share, size, time_unit
+from kvsim.reports.quality import full_quality, quality_section
 from kvsim.reports.tables import ledger_differences, ledger_table, lines_by_policy, plain_table, policy_table
 from kvsim.reports.verdict import is_overloaded, verdict, warnings
 from kvsim.result import Band, PolicyResult, Result
@@ -235,6 +236,8 @@ SECTIONS: dict[str, Callable[[Result], Iterable[RenderableType]]] = {
     "gains": _gains,
     "bands": _bands,
     "slo": _slo,
+    "quality": quality_section,
+    "full_quality": full_quality,
     "time": _time,
     "ledger": _ledger,
     "full_ledger": _full_ledger,
@@ -243,7 +246,7 @@ SECTIONS: dict[str, Callable[[Result], Iterable[RenderableType]]] = {
     "warnings": _warnings,
     "verdict": _verdict,
 }
-DEFAULT_SECTIONS = tuple(name for name in SECTIONS if name != "full_ledger")
+DEFAULT_SECTIONS = tuple(name for name in SECTIONS if not name.startswith("full_"))
 
 
 def _batch(policy: PolicyResult) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvsim.commands.names import policies_of_scenario, scenario_files
 from kvsim.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,13 +32,14 @@ class Settings(click.ParamType):
 def scenario_options(command: Any) -> Any:
     for option in (
         click.option(
-            "--policy", "names", metavar="NAME", multiple=True, help="Only this policy of the scenario; may be repeated."
+            "--policy", "names", metavar="NAME", multiple=True, shell_complete=policies_of_scenario,
+            help="Only this policy of the scenario; may be repeated."
         ),
         click.option(
             "--set", "overrides", type=Settings(), metavar="FIELD=VALUE", multiple=True,
             help="Override a field: --set engine.max_num_seqs=64 (the value is YAML); may be repeated.",
         ),
-        click.argument("scenario"),
+        click.argument("scenario", shell_complete=scenario_files),
     ):  # fmt: skip
         command = option(command)
     return command

@@ -12,8 +12,8 @@ from kvsim.commands.options import load, scenario_options
 from kvsim.errors import InputError
 
 SECTION_NAMES = (
-    "title", "latency", "means", "capacity", "gains", "bands", "slo", "time", "ledger", "full_ledger", "basis", "notes", "warnings",
-    "verdict",
+    "title", "latency", "means", "capacity", "gains", "bands", "slo", "quality", "full_quality", "time", "ledger", "full_ledger",
+    "basis", "notes", "warnings", "verdict",
 )  # fmt: skip
 """Those of kvsim.reports.terminal, without importing it (a test compares them)."""
 
@@ -33,7 +33,7 @@ class _Sections(click.ParamType):
         return names
 
 
-@click.command(epilog=EXIT_CODES)
+@click.command(epilog=EXIT_CODES, short_help="Simulate and compare policies.")
 @scenario_options
 @click.option("--out", metavar="DIR", help="Write summary.json, a row per request, plots and (on request) a trace there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON in place of the tables.")
@@ -45,7 +45,7 @@ class _Sections(click.ParamType):
 @click.option("--perfetto", is_flag=True, help="A trace for https://ui.perfetto.dev in DIR.")
 @click.option(
     "--sections", type=_Sections(), metavar="NAME,...",
-    help="Parts of the report: " + ", ".join(SECTION_NAMES) + "; by default all but full_ledger.",
+    help="Parts of the report: " + ", ".join(SECTION_NAMES) + "; by default all but full_quality and full_ledger.",
 )  # fmt: skip
 @click.option(
     "--uncertainty", type=click.IntRange(min=2), metavar="N",
@@ -95,10 +95,10 @@ def run(
         print_report(result, sections=sections)
 
 
-@click.command()
+@click.command(short_help="Resolve without simulating.")
 @scenario_options
 def show(scenario: str, overrides: tuple[tuple[str, Any], ...], names: tuple[str, ...]) -> None:
-    """What SCENARIO resolves to, without simulating: GPU memory line by line, KV bytes and blocks of every policy."""
+    """What SCENARIO resolves to, without simulating: GPU memory line by line, KV bytes and blocks by policy, the engine's command line."""
     loaded = load(scenario, overrides, names)
     from kvsim.reports.resolved import print_resolved
 

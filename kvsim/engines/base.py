@@ -57,6 +57,10 @@ class Engine(Frozen):
 
     kernels: ClassVar[str] = "vllm"
     """Whose kernels it launches, as measured profiles name them."""
+    command: ClassVar[str] = ""
+    """What starts a server, the model's path after it; "" where there is none."""
+    stock_kv_dtypes: ClassVar[tuple[str, ...]] = ("auto",)
+    """Values of kv_cache_dtype that the released engine takes; auto is as the activations."""
     layout: ClassVar[str] = "paged"
     mixes_attention: ClassVar[bool] = True
     """Prompt chunks and decodes share one attention launch."""
@@ -121,6 +125,21 @@ class Engine(Frozen):
 
     def check(self, model: Model, tp: int) -> None:
         """Raises InputError where the fields contradict each other or the model."""
+
+    def flags(self, model: Model, tp: int) -> tuple[str, ...]:
+        """Options of `command` that make a released engine run as it was simulated; what has no option is a line "# ..."."""
+        return ()
+
+    def fork_lines(self) -> tuple[str, ...]:
+        """Comment lines for settings that no released engine has."""
+        lines = []
+        if self.per_head_kv and self.layout == "paged":
+            lines.append("# per_head_kv: takes a fork with a block table for each KV head")
+        if self.policy_stream == "side":
+            lines.append("# policy_stream side: takes a fork that compresses on a stream of its own")
+        if self.kv_cache_dtype not in self.stock_kv_dtypes:
+            lines.append(f"# kv_cache_dtype {self.kv_cache_dtype}: no option of the released engine")
+        return tuple(lines)
 
     def notes(self) -> tuple[str, ...]:
         return ()

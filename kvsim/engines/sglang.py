@@ -49,6 +49,8 @@ class SgLang(Engine):
 
     capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 257, 8))
     mixes_attention: ClassVar[bool] = False
+    command: ClassVar[str] = "python -m sglang.launch_server --model-path"
+    stock_kv_dtypes: ClassVar[tuple[str, ...]] = ("auto", "bf16", "fp16", "fp8")
     kernels: ClassVar[str] = "sglang"
 
     @property
@@ -67,6 +69,23 @@ class SgLang(Engine):
         mib = 512 + 1.5 * max(self.chunked_prefill_size_tokens, 2048) + 2 * self.capture_sizes[-1] + 128 * tp
         note = "SGLang's own reckoning: 512 MiB, 1.5 MiB a token of a prefill batch, 2 MiB a captured batch size, 128 MiB a GPU"
         return (MemoryLine(ACTIVATIONS, int(mib * MIB), note),)
+
+    def flags(self, model: Model, tp: int) -> tuple[str, ...]:
+        """Server arguments of SGLang 0.5 (docs.sglang.io, "Server Arguments")."""
+        static = "# mem_fraction_static: left to SGLang, whose own reckoning is simulated"
+        if self.gpu_memory_utilization < 1:
+            static = "# gpu_memory_utilization: lower --mem-fraction-static until the log shows the KV pool of `kvsim show`"
+        pages = self.num_gpu_blocks
+        return (
+            f"--tp-size {tp}", f"--context-length {self.max_model_len or model.max_context_tokens}",
+            f"--max-running-requests {self.max_running_requests}", f"--chunked-prefill-size {self.chunked_prefill_size_tokens}",
+            f"--page-size {self.page_size_tokens}", f"--kv-cache-dtype {'fp8_e4m3' if self.kv_cache_dtype == 'fp8' else 'auto'}",
+            "--disable-radix-cache",
+            *(() if pages is None else (f"--max-total-tokens {pages * self.page_size_tokens}",)),
+            *(() if self.overlap_schedule else ("--disable-overlap-schedule",)),
+            *(("--disable-cuda-graph",) if self.enforce_eager else (f"--cuda-graph-max-bs {self.capture_sizes[-1]}",)),
+            static, *self.fork_lines(),
+        )  # fmt: skip
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
         return _SgLangScheduler(self, pool, plan)

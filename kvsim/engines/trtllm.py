@@ -50,6 +50,8 @@ class TensorRtLlm(Engine):
     # cuda_graph_config with padding: powers of two, then steps of 8 up to max_batch_size (128 by default).
     capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 129, 8))
     mixes_attention: ClassVar[bool] = False
+    command: ClassVar[str] = "trtllm-serve"
+    stock_kv_dtypes: ClassVar[tuple[str, ...]] = ("auto", "bf16", "fp16", "fp8")
     kernels: ClassVar[str] = "trtllm"
 
     @property
@@ -73,6 +75,26 @@ class TensorRtLlm(Engine):
             *collective_line(tp),
             MemoryLine("CUDA graphs", 0 if self.enforce_eager else _GRAPH_BYTES, "assumed; outside the utilization", True),
         )
+
+    def flags(self, model: Model, tp: int) -> tuple[str, ...]:
+        """Options of `trtllm-serve` 1.0 and later; what has none goes into the YAML file of --extra_llm_api_options."""
+        max_tokens = "" if self.num_gpu_blocks is None else f", max_tokens: {self.num_gpu_blocks * self.tokens_per_block}"
+        dtype = "fp8" if self.kv_cache_dtype == "fp8" else "auto"
+        graphs = "null" if self.enforce_eager else f"{{enable_padding: true, max_batch_size: {self.capture_sizes[-1]}}}"
+        return (
+            "--backend pytorch", f"--tp_size {tp}", f"--max_batch_size {self.max_batch_size}",
+            f"--max_num_tokens {self.max_num_tokens}", f"--max_seq_len {self.max_model_len or model.max_context_tokens}",
+            "--extra_llm_api_options extra.yaml",
+            f"# extra.yaml: kv_cache_config: {{tokens_per_block: {self.tokens_per_block}, dtype: {dtype}, "
+            f"enable_block_reuse: false{max_tokens}}}",
+            f"# extra.yaml: scheduler_config: {{capacity_scheduler_policy: {self.capacity_policy.upper()}}}",
+            f"# extra.yaml: enable_chunked_prefill: {str(self.chunked_context).lower()}",
+            f"# extra.yaml: disable_overlap_scheduler: {str(not self.overlap_scheduler).lower()}",
+            f"# extra.yaml: cuda_graph_config: {graphs}",
+            "# gpu_memory_utilization: is of all memory here, --kv_cache_free_gpu_memory_fraction of what is free beside the weights: "
+            "set that until the log shows the KV pool of `kvsim show`",
+            *self.fork_lines(),
+        )  # fmt: skip
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
         if self.capacity_policy == "max_utilization":

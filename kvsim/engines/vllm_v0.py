@@ -15,6 +15,7 @@ from kvsim.batch import Sequence
 from kvsim.cost_types import Chunk
 from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
 from kvsim.engines.scheduler import Scheduler, Step
+from kvsim.engines.vllm_flags import STOCK_KV_DTYPES, shared_flags
 from kvsim.engines.vllm_memory import collective_line, reserved_bytes
 from kvsim.errors import InputError
 from kvsim.model import Model
@@ -42,6 +43,8 @@ class VllmV0(Engine):
     preemption: Literal["recompute", "swap"] = Field("recompute", description="what a sequence that must leave loses")
     swap_space_gib: float = Field(4.0, ge=0, description="host memory for swapped blocks; recompute where it is full")
 
+    command: ClassVar[str] = "vllm serve"
+    stock_kv_dtypes: ClassVar[tuple[str, ...]] = STOCK_KV_DTYPES
     capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 257, 8))
     mixes_attention: ClassVar[bool] = False
     host_overlap: ClassVar[Literal["async", "sync"]] = "sync"
@@ -80,6 +83,18 @@ class VllmV0(Engine):
             ),
             *collective_line(tp),
             MemoryLine("CUDA graphs", 0 if self.enforce_eager else _GRAPH_BYTES, "assumed; outside the utilization", True),
+        )  # fmt: skip
+
+    def flags(self, model: Model, tp: int) -> tuple[str, ...]:
+        """Of vLLM 0.6 and 0.7; the watermark is a constant there."""
+        longest = self.max_model_len or model.max_context_tokens
+        watermark = () if self.watermark_frac == 0.01 else (f"# watermark_frac {self.watermark_frac:g}: 0.01 in vLLM, no option",)
+        return (
+            *shared_flags(self, tp, longest, self.max_num_seqs, self.block_size_tokens, self.num_gpu_blocks),
+            f"--max-num-batched-tokens {self.prefill_budget(model)}",
+            "--enable-chunked-prefill=false", "--no-enable-prefix-caching",
+            f"--preemption-mode {self.preemption}", f"--swap-space {self.swap_space_gib:g}",
+            *watermark, *self.fork_lines(),
         )  # fmt: skip
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:

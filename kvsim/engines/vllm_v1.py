@@ -14,6 +14,7 @@ from kvsim.batch import Sequence
 from kvsim.cost_types import Chunk
 from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
 from kvsim.engines.scheduler import Scheduler, Step
+from kvsim.engines.vllm_flags import STOCK_KV_DTYPES, shared_flags
 from kvsim.engines.vllm_memory import collective_line, forward_bytes
 from kvsim.errors import InputError
 from kvsim.model import Model
@@ -52,8 +53,11 @@ class VllmV1(Engine):
         "False: schedule and prepare, then the device, then process outputs",
     )
 
+    command: ClassVar[str] = "vllm serve"
+    stock_kv_dtypes: ClassVar[tuple[str, ...]] = STOCK_KV_DTYPES
     # vLLM captures 1, 2, 4, then every 8 up to 256 and every 16 up to 512 (vllm/config: cudagraph_capture_sizes).
     capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
+
     @model_validator(mode="after")
     def _budget_covers_batch(self) -> VllmV1:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -93,6 +97,18 @@ class VllmV1(Engine):
             *collective_line(tp),
             MemoryLine("CUDA graphs", 0 if self.enforce_eager else _GRAPH_BYTES, "assumed; outside the utilization", True),
         )  # fmt: skip
+
+    def flags(self, model: Model, tp: int) -> tuple[str, ...]:
+        """Of vLLM 0.14 and later; before, `--async-scheduling` and `--no-scheduler-reserve-full-isl` do not exist."""
+        longest = self.max_model_len or model.max_context_tokens
+        return (
+            *shared_flags(self, tp, longest, self.max_num_seqs, self.block_size_tokens, self.num_gpu_blocks),
+            f"--max-num-batched-tokens {self.max_num_batched_tokens}",
+            "--enable-prefix-caching" if self.enable_prefix_caching else "--no-enable-prefix-caching",
+            "--async-scheduling" if self.async_scheduling else "--no-async-scheduling",
+            *(() if self.reserve_full_prompt else ("--no-scheduler-reserve-full-isl",)),
+            *self.fork_lines(),
+        )
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
         recalls = self.enable_prefix_caching and plan.composition.blocks_shareable and plan.prefill_units_per_block == 1

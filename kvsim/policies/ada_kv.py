@@ -70,6 +70,9 @@ class AdaKV(Policy):
     def scratch_bytes(self, shape: CacheShape, max_prefill_tokens: int) -> int:
         return keep_by_window_scratch(shape, max_prefill_tokens, self.window_tokens, self.budget_tokens)
 
+    def published_budget(self) -> dict[str, float]:
+        return {"kept_tokens": self.budget_tokens}
+
     def notes(self) -> tuple[str, ...]:
         return (
             f"heads differ by {len(self.head_shares)} assumed classes (head_shares): real rates follow from the data",

@@ -171,6 +171,18 @@ class Policy(Frozen):
         """Buffers that must be free when the policy acts, for the longest sequence: one layer at a time."""
         return 0
 
+    # -- deployment -----------------------------------------------------------------------------------------------
+
+    def stock_kv_cache_dtype(self) -> str | None:
+        """The engine's own kv_cache_dtype that does what this policy does; None where it takes code of its own."""
+        return None
+
+    # -- what is published about it -------------------------------------------------------------------------------
+
+    def published_budget(self) -> dict[str, float]:
+        """The budget as publications state it, by measure of `kvsim.quality.MEASURES`; empty: none is stated."""
+        return {}
+
     def notes(self) -> tuple[str, ...]:
         """What a reader must know beside the numbers: assumptions, physics left out."""
         return ()

@@ -88,5 +88,11 @@ class H2O(Policy):
         kept = self.kept_tokens(SequenceShape(max_prefill_tokens, max_prefill_tokens))
         return int(min(kept, max_prefill_tokens) * shape.kv_heads * shape.slot_bytes)
 
+    def published_budget(self) -> dict[str, float]:
+        if self.kept_frac is not None:
+            return {"kept_frac": self.kept_frac}
+        assert self.budget_tokens is not None
+        return {"kept_tokens": self.budget_tokens}
+
     def notes(self) -> tuple[str, ...]:
         return ("grouped queries share one accumulated score per KV head (the paper's models have none)",)

@@ -103,6 +103,9 @@ class Keyformer(Policy):
         """
         return EAGER_SCORE_TENSORS * ACTIVATION_BYTES * batch * shape.q_heads * tokens**2
 
+    def published_budget(self) -> dict[str, float]:
+        return {"kept_frac": self.kept_frac}
+
     def notes(self) -> tuple[str, ...]:
         notes = ["a token set for each sequence; the reference code sums scores over the batch, so all beams share one"]
         if self.schedule == "code":

@@ -85,6 +85,9 @@ class KIVI(Policy):
         slot = sum(f(shape.head_dim, shape.element_bytes) for f in (self.key_bytes, self.value_bytes))
         return int(max_prefill_tokens * shape.kv_heads * slot)
 
+    def published_budget(self) -> dict[str, float]:
+        return {"bits": self.bits}
+
     def notes(self) -> tuple[str, ...]:
         return (
             "one token's values are quantised in every step, also where a sequence is shorter than the residual",

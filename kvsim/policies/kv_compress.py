@@ -168,6 +168,10 @@ class KVCompress(Policy):
         votes = 4 * shape.q_heads * self.window_tokens * max_prefill_tokens
         return votes + SORT_BYTES * self.max_kvs_per_compression
 
+    def published_budget(self) -> dict[str, float]:
+        """What min_kept_tokens adds for short prompts is left out: less is kept than is."""
+        return {"compression_ratio": self.compression_ratio}
+
     def notes(self) -> tuple[str, ...]:
         inferred = (
             "block_rounding: down was inferred from the published batch limits: they are no test of it",

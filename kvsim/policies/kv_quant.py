@@ -56,6 +56,12 @@ class KVQuant(Policy):
     def step_ops(self, shape: CacheShape, batch: int, num_slots: int) -> tuple[Op, ...]:
         return self._quantize(shape, batch)
 
+    def stock_kv_cache_dtype(self) -> str | None:
+        return "fp8" if self.dtype == "fp8" else None
+
+    def published_budget(self) -> dict[str, float]:
+        return {"bits": BITS[self.dtype]}
+
     def notes(self) -> tuple[str, ...]:
         return ("fewer bytes do not read as much faster: how much is the profile's matter, by format",)
 

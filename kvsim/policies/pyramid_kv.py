@@ -68,3 +68,6 @@ class PyramidKV(Policy):
     def scratch_bytes(self, shape: CacheShape, max_prefill_tokens: int) -> int:
         largest = round(self.budget_tokens + self.spread_tokens)
         return keep_by_window_scratch(shape, max_prefill_tokens, self.window_tokens, largest)
+
+    def published_budget(self) -> dict[str, float]:
+        return {"kept_tokens": self.budget_tokens}

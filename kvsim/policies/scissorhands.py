@@ -118,6 +118,9 @@ class Scissorhands(Policy):
         kept = min(self.budget_tokens, max_prefill_tokens)
         return votes + int(kept * shape.kv_heads * shape.slot_bytes)
 
+    def published_budget(self) -> dict[str, float]:
+        return {"kept_tokens": self.budget_tokens}
+
     def notes(self) -> tuple[str, ...]:
         notes = ["a 4-bit cache on top takes scales: a fifth of the tokens is 17.8x smaller, not 20x"]
         if self.recompute:

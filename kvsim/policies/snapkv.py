@@ -52,4 +52,5 @@ class SnapKV(Policy):
         votes = 4 * shape.q_heads * self.window_tokens * max_prefill_tokens
         return votes + int(self.budget_tokens * shape.kv_heads * shape.slot_bytes)
 
-
+    def published_budget(self) -> dict[str, float]:
+        return {"kept_tokens": self.budget_tokens}

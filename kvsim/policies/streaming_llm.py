@@ -40,3 +40,6 @@ class StreamingLLM(Policy):
         if seq.prefill_tokens <= self.budget_tokens:
             return ()
         return (compact(shape, self.budget_tokens * shape.num_pairs),)
+
+    def published_budget(self) -> dict[str, float]:
+        return {"kept_tokens": self.budget_tokens}

@@ -35,5 +35,8 @@ class Window(Policy):
             return ()
         return (compact(shape, self.window_tokens * shape.num_pairs),)
 
+    def published_budget(self) -> dict[str, float]:
+        return {"kept_tokens": self.window_tokens}
+
     def notes(self) -> tuple[str, ...]:
         return ("the window is compacted once at prefill end; a paged engine that frees old blocks would copy nothing",)
