@@ -79,7 +79,7 @@ GPU_MODEL_ENGINE = [
     wrong("engine.max_num_batched_tokens=128", "must be at least max_num_seqs=256", "raise the budget"),
     wrong("engine={kind: vllm_v0, max_num_batched_tokens: 1024}", "engine.max_num_batched_tokens=1024", "max_model_len"),
     wrong("engine.max_model_len=200000", "engine.max_model_len=200000 must be at most the context", "lower it"),
-    wrong("weight_dtype=bf61", "weight_dtype='bf61' must be fp16", "did you mean bf16?"),
+    wrong("weight_dtype=bf61", "weight_dtype='bf61' must be fp32", "did you mean bf16?"),
     wrong("profile=h100", "profile='h100' is not in the catalogue", "`kvsim list profiles` shows all names"),
     wrong("profile=./nothing.json", "profile=", "must be a file that can be read"),
     wrong("tensor_parallel=3", "tensor_parallel=3 must divide the 32 query heads", "use one of 1, 2, 4, 8"),

@@ -127,7 +127,8 @@ class KVCompress(Policy):
         """Metrics of all heads ranked together: the four passes of a selection for each max_kvs_per_compression of
         them.
         """
-        return replace(select(shape, num_slots), num_launches=4 * -(-num_slots // self.max_kvs_per_compression))
+        launches = 4 * -(-num_slots // self.max_kvs_per_compression)
+        return replace(select(shape, num_slots), num_launches=launches, variant="blocks")
 
     def compress_ops(self, shape: CacheShape, seq: SequenceShape) -> tuple[Op, ...]:
         """Metrics of the prompt, and the eviction: survivors in the tail of a head's blocks move into holes, one per
