@@ -56,13 +56,28 @@ def parts(report: Report) -> Iterator[RenderableType]:
 
     if report.rows:
         yield plain_table("Predicted against measured", HEADS, group_lines(report.rows))
+    yield from _side_by_side(report)
     if report.bars:
         yield plain_table("Bars", ("suite", "what", "error", "limit", ""), bar_lines(report))
+    if report.notes:
+        yield Text("\n" + "\n".join(report.notes))
     for text in report.skipped:
         yield Text(f"not run: {text}")
     for row in report.rows:
         if row.note:
             yield Text(f"refused: {row.group} {row.case}: {row.note}")
+
+
+def _side_by_side(report: Report) -> Iterator[RenderableType]:
+    """Numbers of single runs; of suites with hundreds of rows the errors above must do."""
+    rows = [row for row in report.rows if row.suite == "requests"]
+    for group in dict.fromkeys(row.group for row in rows):
+        lines = [
+            (row.metric, row.case, *(("", "") if row.is_relative else (f"{row.truth:,.4g}", f"{row.predicted:,.4g}")), f"{row.error:+.2%}")
+            for row in rows
+            if row.group == group
+        ]  # fmt: skip
+        yield plain_table(f"{group}, side by side", ("metric", "what", "measured", "simulated", "error"), lines)
 
 
 def print_validation(report: Report, file: TextIO) -> None:
@@ -71,9 +86,13 @@ def print_validation(report: Report, file: TextIO) -> None:
 
 def as_json(report: Report) -> str:
     """Rows, bars and what was not run; numbers that are none are null."""
-    rows = [{**asdict(row), "predicted": None if math.isnan(row.predicted) else row.predicted} for row in report.rows]
-    bars = [{**asdict(bar), "met": bar.met} for bar in report.bars]
-    return json.dumps({"rows": rows, "bars": bars, "not_run": report.skipped}, indent=1, allow_nan=False) + "\n"
+    rows = [{**asdict(row), "predicted": _finite(row.predicted)} for row in report.rows]
+    bars = [{**asdict(bar), "value": _finite(bar.value), "met": bar.met} for bar in report.bars]
+    return json.dumps({"rows": rows, "bars": bars, "not_run": report.skipped, "notes": report.notes}, indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def as_markdown(report: Report) -> str:

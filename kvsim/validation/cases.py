@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvsim.result import PolicyResult
+
+
+RELATIVE = ("median error of", "90 % of", "mean distance over")
+"""How the cases begin whose rows compare many pairs of numbers at once."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,15 @@ class Row:
     note: str = ""
 
     @property
+    def is_relative(self) -> bool:
+        """Stands for a distance, not for two numbers: measured is 1, predicted 1 + distance."""
+        return self.case.startswith(RELATIVE)
+
+    @property
     def error(self) -> float:
-        """predicted / measured - 1."""
+        """predicted / measured - 1; where nothing was measured 0 if nothing was predicted, else infinite."""
+        if self.truth == 0.0:
+            return 0.0 if self.predicted == 0.0 else math.inf
         return self.predicted / self.truth - 1.0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from kvsim.api import simulate
 from kvsim.errors import KvsimError
 from kvsim.scenario import parse_scenario
-from kvsim.validation import keyformer, kv_compress, memory, requests, silicon
+from kvsim.validation import keyformer, kv_compress, memory, replay, requests, silicon
 from kvsim.validation.cases import METRICS, Bar, Case, Row
 
 SUITES = ("memory", "published", "requests", "silicon")
@@ -20,11 +20,18 @@ NEEDS_MEASURED = {"requests": "vllm_rtx4090_requests.csv", "silicon": "h100_sili
 
 @dataclass(frozen=True)
 class Report:
-    """Rows and bars of the suites that ran; skipped: why others did not."""
+    """Rows and bars of the suites that ran; skipped: why others did not; notes: what a reader must know beside the numbers."""
 
     rows: tuple[Row, ...]
     bars: tuple[Bar, ...]
     skipped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def validate_run(measured: Path, scenario: Path, policy: str | None = None) -> Report:
+    """A user's own measured run, replayed on the deployment of a scenario file. Raises InputError."""
+    found, notes = replay.rows(measured, scenario, policy)
+    return Report(tuple(found), tuple(replay.bars(found)), (), notes)
 
 
 def run_case(case: Case) -> list[Row]:
