@@ -9,7 +9,6 @@ from typing import Any
 
 from kvsim.result import PolicyResult
 
-
 RELATIVE = ("median error of", "90 % of", "mean distance over")
 """How the cases begin whose rows compare many pairs of numbers at once."""
 
