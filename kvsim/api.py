@@ -201,7 +201,7 @@ def run_policy(
         name=name, description=plan.composition.describe(), summary=summary, log=log, ledger=tuple(ledger.lines),
         pool_units=ledger.pool_units, unit_bytes=plan.unit_bytes,
         kv_bytes_per_sequence=_kv_bytes_per_sequence(log, plan.unit_bytes),
-        basis=_basis(replica), notes=tuple(dict.fromkeys(notes)),
+        basis=_basis(replica), notes=tuple(dict.fromkeys(notes)), pool_gpu_frac=engine.cache_fracs[0],
         quality=nearest(plan.composition.policies, model, float(log.request_columns()["prompt_tokens"].mean())),
     )  # fmt: skip
 

@@ -117,6 +117,11 @@ class Engine(Frozen):
         """Everything in GPU memory but weights, policies and the pool itself."""
         raise NotImplementedError
 
+    @property
+    def cache_fracs(self) -> tuple[float, float, float]:
+        """Of the cache on GPU, in host memory and on disk."""
+        return 1.0, 0.0, 0.0
+
     def gpu_weight_bytes(self, model: Model, tp: int, weight_dtype: str) -> int:
         """Weights that stay on each GPU."""
         return round(model.weight_bytes(weight_dtype, tp))

@@ -91,7 +91,6 @@ class FlexGen(Engine):
 
     @property
     def cache_fracs(self) -> tuple[float, float, float]:
-        """Of the cache on GPU, host and disk."""
         return self.cache_gpu_frac, self.cache_cpu_frac, max(0.0, 1.0 - self.cache_gpu_frac - self.cache_cpu_frac)
 
     @property
@@ -167,7 +166,9 @@ class FlexGen(Engine):
         masks = (batch + 1) * tokens * tokens
         wide = 2 * batch * tokens * model.intermediate_size * (2 if model.gated_mlp else 1)
         logits = 2 * batch * tokens * model.vocab_size
-        return max(2 * scores + 5 * hidden + masks, wide + 2 * hidden, logits + 2 * hidden)
+        # With overlap the next GPU batch's hidden states are there already, the last one's and its K and V not yet gone.
+        moving = 4 * hidden if self.overlap and self.num_gpu_batches > 1 else 0
+        return max(2 * scores + 5 * hidden + masks, wide + 2 * hidden, logits + 2 * hidden) + moving
 
     def pool_bytes(self, free_gpu_bytes: int, model: Model) -> int:
         """The cache that the three devices hold together, each its share of it; a GPU too small for the rest has none."""

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from kvsim.api import deploy
 from kvsim.result import PolicyResult
+from kvsim.scenario import Scenario
 from kvsim.units import PS_PER_S
 from kvsim.validation.cases import Row
+from kvsim.validation.naive import roofline_of
 
 TYPICAL = "median error of a request"
 LIMITS = {
@@ -39,22 +42,37 @@ def simulated_times(result: PolicyResult) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
+def roofline_times(scenario: Scenario, prompt_tokens: np.ndarray, output_tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Each request alone on the datasheet: no queue, no batch, no engine."""
+    d = deploy(scenario)
+    unlike = set(zip(prompt_tokens.tolist(), output_tokens.tolist(), strict=True))
+    one = {pair: roofline_of(d.gpu, d.model, d.tp, d.weight_dtype, 1, *pair) for pair in unlike}
+    each = [one[pair] for pair in zip(prompt_tokens.tolist(), output_tokens.tolist(), strict=True)]
+    ttft, tpot = (np.array([values[name] for values in each]) for name in ("ttft_ms", "tpot_ms"))
+    e2e = (ttft + tpot * (output_tokens - 1)) / 1e3
+    return {"ttft_s": ttft / 1e3, "tpot_ms": tpot, "e2e_s": e2e, "output_tokens": output_tokens}
+
+
 def compare_latencies(
-    truth: Mapping[str, np.ndarray], simulated: Mapping[str, np.ndarray], suite: str, group: str, source: str, paired: bool = True
-) -> list[Row]:
+    truth: Mapping[str, np.ndarray], simulated: Mapping[str, np.ndarray], suite: str, group: str, source: str, paired: bool = True,
+    naive: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+) -> list[Row]:  # fmt: skip
     """Mean and percentiles of TTFT, TPOT and E2E, and, where request i is the same on both sides, single requests.
 
-    TPOT is that of requests with a second token.
+    TPOT is that of requests with a second token. naive: what naive models say of the same requests, by name.
     """
+    guesses = naive or {}
     found = []
     for metric in ("ttft_s", "tpot_ms", "e2e_s"):
         real, value = (_of(side, metric) for side in (truth, simulated))
         if not len(real) or not len(value):
             continue
-        found.append(Row(suite, group, "mean", metric, float(real.mean()), float(value.mean()), source))
+        means = {name: float(_of(side, metric).mean()) for name, side in guesses.items()}
+        found.append(Row(suite, group, "mean", metric, float(real.mean()), float(value.mean()), source, means))
         for percent in (50, 90, 99):
             at = [float(np.percentile(side, percent)) for side in (real, value)]
-            found.append(Row(suite, group, f"P{percent}", metric, at[0], at[1], source))
+            ranks = {name: float(np.percentile(_of(side, metric), percent)) for name, side in guesses.items()}
+            found.append(Row(suite, group, f"P{percent}", metric, at[0], at[1], source, ranks))
         if paired:
             known = real > 0
             if known.any():

@@ -13,10 +13,11 @@ import numpy as np
 from kvsim.api import simulate
 from kvsim.errors import InputError
 from kvsim.result import PolicyResult
-from kvsim.scenario import load_scenario, select_policies
+from kvsim.scenario import Scenario, load_scenario, select_policies
 from kvsim.validation.bench_serve import FIELD, MeasuredRun, read_bench_result
 from kvsim.validation.cases import Bar, Row
-from kvsim.validation.latency import compare_counts, compare_latencies, limits_of, simulated_times
+from kvsim.validation.latency import compare_counts, compare_latencies, limits_of, roofline_times, simulated_times
+from kvsim.validation.naive import ROOFLINE
 
 NAME = "requests"
 SEED = 0
@@ -38,7 +39,7 @@ def rows(measured: Path, scenario: Path, policy: str | None = None) -> tuple[lis
         result = next(iter(simulate(loaded).policies.values()))
     caching = getattr(loaded.engine, "enable_prefix_caching", False)
     hits = ("prompts are taken as unlike: the file says nothing of prefix-cache hits",) if caching else ()
-    return compare(run, result), (*run.notes, how, *hits)
+    return compare(run, result, loaded), (*run.notes, how, *hits)
 
 
 def workload_of(run: MeasuredRun, folder: Path) -> tuple[dict[str, Any], str]:
@@ -90,13 +91,14 @@ def _write(path: Path, head: tuple[str, ...], rows: list[Any]) -> None:
         csv.writer(file).writerows([head, *rows])
 
 
-def compare(run: MeasuredRun, result: PolicyResult) -> list[Row]:
+def compare(run: MeasuredRun, result: PolicyResult, scenario: Scenario) -> list[Row]:
     """TTFT, TPOT, ITL and E2E; where arrivals are those of the file, also request by request and the number in flight."""
     group, paired = run.name, run.start_s is not None
     simulated = simulated_times(result)
     truth = {"ttft_s": run.ttft_s, "e2e_s": run.e2e_s, "output_tokens": run.output_tokens}
     truth["tpot_ms"] = (truth["e2e_s"] - run.ttft_s) / np.maximum(run.output_tokens - 1, 1) * 1e3
-    found = compare_latencies(truth, simulated, NAME, group, run.name, paired)
+    naive = {ROOFLINE: roofline_times(scenario, run.prompt_tokens, run.output_tokens)}
+    found = compare_latencies(truth, simulated, NAME, group, run.name, paired, naive)
     found += _gap_rows(run, result, group)
     if run.start_s is not None:
         spans = {"in flight": (run.start_s, run.start_s + truth["e2e_s"])}

@@ -15,7 +15,8 @@ from kvsim.api import simulate
 from kvsim.errors import InputError
 from kvsim.scenario import Scenario, parse_scenario
 from kvsim.validation.cases import Bar, Row
-from kvsim.validation.latency import compare_counts, compare_latencies, limits_of, simulated_times
+from kvsim.validation.latency import compare_counts, compare_latencies, limits_of, roofline_times, simulated_times
+from kvsim.validation.naive import ROOFLINE
 
 NAME = "requests"
 COLUMNS = ("arrival_s", "input_tokens", "output_tokens", "prefix_hit_tokens_inf", "ttft_s", "tpot_ms", "e2e_s")
@@ -55,10 +56,11 @@ def rows(measured: Path) -> list[Row]:
 def compare(scenario: Scenario, truth: dict[str, np.ndarray], group: str, source: str) -> list[Row]:
     """The first policy of the scenario beside a run's requests, both in order of arrival.
 
-    truth: ttft_s, tpot_ms, e2e_s, output_tokens and arrival_s; with queue_s, waiting and running requests are compared too.
+    truth: ttft_s, tpot_ms, e2e_s, input_tokens, output_tokens and arrival_s; with queue_s, waiting and running requests are compared too.
     """
     simulated = simulated_times(next(iter(simulate(scenario).policies.values())))
-    found = compare_latencies(truth, simulated, NAME, group, source)
+    naive = {ROOFLINE: roofline_times(scenario, truth["input_tokens"].astype(int), truth["output_tokens"].astype(int))}
+    found = compare_latencies(truth, simulated, NAME, group, source, naive=naive)
     if "queue_s" in truth:
         arrival = truth["arrival_s"]
         scheduled, finish = arrival + truth["queue_s"], arrival + truth["e2e_s"]
