@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--scenario", metavar="FILE", help="The deployment of your own run, a scenario file; its workload is not used.")
 @click.option("--policy", metavar="NAME", help="The scenario's policy that ran, where it has several.")
-@click.option("--out", metavar="DIR", help="Write validation.json, rows.csv, tables.md and plots there.")
+@click.option("--out", metavar="DIR", help="Write validation.json, rows.csv, tables.md and validation.html (with plots) there.")
 @click.option("--json", "json_out", is_flag=True, help="Print rows and bars as JSON in place of the tables.")
 @click.option("--quick", is_flag=True, help="A sample of each suite.")
 def validate(

@@ -105,6 +105,11 @@ class FlexGen(Engine):
     def check(self, model: Model, tp: int) -> None:
         if tp != 1:
             raise InputError("tensor_parallel", tp, "must be 1 under flexgen", "it offloads in place of splitting")
+        if self.kv_cache_dtype in ("fp8", "int8"):
+            raise InputError(
+                "engine.kv_cache_dtype", self.kv_cache_dtype, "must be a 16-bit type under flexgen",
+                "its 4-bit cache is the policy {kind: kv_quant, dtype: int4}",
+            )  # fmt: skip
 
     # -- weights --------------------------------------------------------------------------------------------------
 
@@ -140,6 +145,9 @@ class FlexGen(Engine):
 
     def gpu_weight_bytes(self, model: Model, tp: int, weight_dtype: str) -> int:
         """Matrices that live on the GPU; norms and biases always do."""
+        if weight_dtype not in ("fp16", "bf16"):
+            fix = "set engine.compress_weight: true for 4 bits"
+            raise InputError("weight_dtype", weight_dtype, "must be fp16 or bf16 under flexgen", fix)
         vectors = model.weight_bytes("fp16") - 2 * sum(n * w.elements for n, w in self._everything(model))
         vectors += 2 * model.vocab_size * model.hidden_size if model.tied_embeddings else 0
         return round(sum(n * w.gpu_bytes for n, w in self._everything(model)) + vectors)
@@ -196,6 +204,11 @@ class FlexGen(Engine):
         return (), (HostWork("huggingface", "launch", num_launches * self.gpu_batches(max(batch, 1))[0]),), ()
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
+        if self.cpu_cache_compute and plan.kv_format != plan.kv_dtype:
+            raise InputError(
+                "engine.cpu_cache_compute", True, "must be false where the cache is stored in another format than 16 bits",
+                "FlexGen widens a compressed cache on the GPU",
+            )  # fmt: skip
         return _BlockScheduler(self, pool, plan)
 
     def notes(self) -> tuple[str, ...]:

@@ -185,9 +185,9 @@ def laws(quick: bool = False) -> list[Law]:
 
 
 def bars(found: list[Law]) -> list[Bar]:
-    """A bar for each group: its worst row, in units of what that row may be off."""
+    """A bar for each law, over its engines: its worst row, in units of what that row may be off."""
     groups: dict[str, list[float]] = {}
     for law in found:
-        groups.setdefault(law.row.group, []).append(law.off / law.limit)
-    text = "largest error, in units of three standard errors or of rounding"
-    return [Bar(NAME, f"{group}: {text}", max(sizes), 1.0) for group, sizes in groups.items()]
+        groups.setdefault(law.row.group.partition(",")[0], []).append(law.off / law.limit)
+    text = "largest error over what it may be (three standard errors, or rounding)"
+    return [Bar(NAME, f"{name}: {text}", max(sizes), 1.0) for name, sizes in groups.items()]
