@@ -16,22 +16,16 @@ from typing import NamedTuple
 from kvsim.cost import DecodeState, StepCosts
 from kvsim.cost_types import Chunk
 from kvsim.curves import Curve
-from kvsim.engines.flexgen import FlexGen, LayerWeights
-from kvsim.forward import ACTIVATION_BYTES
-from kvsim.ops import Copy, DecodeAttention, Elementwise, Gemm, Op, PolicyKernel
+from kvsim.engines.flexgen import FlexGen
+from kvsim.engines.flexgen_weights import LayerWeights
+from kvsim.offload_ops import attention_linear_ops, decode_attention_ops, mlp_ops, outer_ops, prefill_attention_ops
+from kvsim.ops import Copy, Op
 from kvsim.pricing import HOST, BatchTable, Memo, Part, Price, op_label
 from kvsim.profile import Answer
 from kvsim.units import GB, PS_PER_S
 
-SCORE_BYTES = 12.0
-"""Of one fp16 score in eager attention: written by a bmm, read and written by mask and softmax, read by the second bmm."""
-WIDEN_BYTES = 9.0
-"""Of one 4-bit element widened by TorchCompressedDevice.decompress: packed read twice, bytes written, divided into fp16, added to."""
 HOST_ATTENTION_PASSES = 7.0
 """Over the cache's bytes on the CPU: copied to a workspace (2), converted to fp32 (1 read, 2 written), read by the bmm (2)."""
-COLUMN_SUM_BYTES = 2.0
-"""A policy that wants all prompt queries' scores finds the score matrix there and reads it once more."""
-
 Parts = dict[Part, float]
 """Seconds by part."""
 
@@ -113,31 +107,13 @@ class OffloadCosts(StepCosts):
             found[part] = found.get(part, 0.0) + value
         return found
 
-    def _mlp_ops(self, rows: int) -> list[Op]:
-        model, row = self.model, rows * self.model.hidden_size * ACTIVATION_BYTES
-        wide = rows * model.intermediate_size * ACTIVATION_BYTES
-        matrices = [Gemm(rows, w.n, w.k, self.weight_dtype) for w in model.gemms(1)[2:]]
-        activation = Elementwise("activation", (3 if model.gated_mlp else 2) * wide)
-        return [Elementwise("norm", 4 * row), *matrices, activation, *self._between(row), *self._widened(self._mlp_weights)]
-
-    def _attention_linear_ops(self, rows: int) -> list[Op]:
-        """Projections apart for queries, keys and values, their rearrangement, and the residual."""
-        model, row = self.model, rows * self.model.hidden_size * ACTIVATION_BYTES
-        qkv, o = model.gemms(1)[:2]
-        kv_width = model.num_kv_heads * model.head_dim
-        matrices = [Gemm(rows, n, qkv.k, self.weight_dtype) for n in (qkv.n - 2 * kv_width, kv_width, kv_width)]
-        return [
-            Elementwise("norm", 4 * row), *matrices, Gemm(rows, o.n, o.k, self.weight_dtype),
-            Elementwise("scale_and_permute", 4 * row), Elementwise("kv_write", 4 * rows * kv_width * ACTIVATION_BYTES),
-            *self._between(row), *self._widened(self._attention_weights),
-        ]  # fmt: skip
-
-    def _widened(self, weights: LayerWeights) -> list[Op]:
-        return [PolicyKernel("widen_weights", WIDEN_BYTES * weights.elements, 0.0, 4, "engine")] if self.engine.compress_weight else []
-
-    def _between(self, row_bytes: int) -> list[Op]:
-        """Hidden states that wait elsewhere come and go on the compute stream."""
-        return [Copy("host", row_bytes)] * 2 if self.engine.activations_on != "gpu" else []
+    def _linear_parts(self, rows: int) -> tuple[Parts, Parts]:
+        """All but attention itself of one layer and GPU batch: of attention's half and of the MLP's."""
+        model, engine, dtype = self.model, self.engine, self.weight_dtype
+        return (
+            self._seconds_of(attention_linear_ops(model, engine, self._attention_weights, rows, dtype)),
+            self._seconds_of(mlp_ops(model, engine, self._mlp_weights, rows, dtype)),
+        )
 
     # -- decode ---------------------------------------------------------------------------------------------------
 
@@ -149,7 +125,7 @@ class OffloadCosts(StepCosts):
         most = max(self.pool_slots // plan.shape.num_layers, 1)
         slots = [x for x in self.profile.kv_knots(plan.attention(layer_group, size, 0, 0)) if x * n <= 2 * most]
         knots = sorted({round(n * plan.units_of_slots(layer_group, number)) for number in slots} | {0, 1})
-        linear, mlp = self._seconds_of(self._attention_linear_ops(size)), self._seconds_of(self._mlp_ops(size))
+        linear, mlp = self._linear_parts(size)
         copy = self._copy_part()
         columns: dict[Part, list[float]] = {}
         for i, units in enumerate(knots):
@@ -170,15 +146,7 @@ class OffloadCosts(StepCosts):
         by_gpu = in_gpu if engine.cpu_cache_compute else 1.0
         found: Parts = {}
         if by_gpu:
-            slots = round(op.kv_slots * by_gpu)
-            dense = DecodeAttention(
-                batch, op.q_heads, op.kv_heads, op.head_dim, slots, op.max_kv_tokens, plan.shape.slot_bytes, plan.kv_dtype, plan.layout
-            )
-            scores = PolicyKernel("score_matrix", SCORE_BYTES * slots * plan.shape.group, 0.0, 2, "engine")
-            ops: list[Op] = [dense, scores]
-            if not plan.is_plain or plan.kv_format != plan.kv_dtype:
-                ops.append(PolicyKernel("widen_cache", WIDEN_BYTES * slots * 2 * op.head_dim, 0.0, 8, "engine"))
-            found = self._seconds_of(ops)
+            found = self._seconds_of(decode_attention_ops(plan, op, by_gpu))
         if plan.has_step_ops and plan.slots_scalar is None:  # one layer group: policies name the Ops of all layers
             for part, value in self._seconds_of(plan.step_ops(batch, op.kv_slots * plan.shape.num_layers)).items():
                 found[part] = found.get(part, 0.0) + value / plan.shape.num_layers
@@ -213,12 +181,8 @@ class OffloadCosts(StepCosts):
         return BatchTable(batch, Price(outer), [curves[i] for i in alike], others, (before, beside, after))
 
     def _outer(self, n: int, rows: int, num_sampled: int) -> dict[Part, int]:
-        """Embeddings at both ends of n GPU batches; logits of every row, as opt_output_embed computes them."""
-        row, head = rows * self.model.hidden_size * ACTIVATION_BYTES, self.model.lm_head(1)
-        ops: list[Op] = [
-            Elementwise("embedding", 2 * row), Elementwise("norm", 4 * row), Gemm(rows, head.n, head.k, self.weight_dtype),
-            Elementwise("argmax", num_sampled * head.n * ACTIVATION_BYTES),
-        ]  # fmt: skip
+        """Embeddings at both ends of n GPU batches."""
+        ops = outer_ops(self.model, rows, num_sampled, self.weight_dtype)
         found = {part: n * value for part, value in self._seconds_of(ops).items()}
         inner, outer = (self._weight_loads(w) for w in self.engine.outer_weights(self.model))
         exposed = self._exposed(sum(found.values()), inner.plus(outer))
@@ -246,8 +210,9 @@ class OffloadCosts(StepCosts):
         plan, layers = self.plan, self.model.num_layers
         n, size = self.engine.gpu_batches(num_sequences)
         rows = size * tokens
-        attention = self._seconds_of([*self._attention_linear_ops(rows), *self._eager_attention(size, tokens)])
-        mlp = self._seconds_of(self._mlp_ops(rows))
+        attention, mlp = self._linear_parts(rows)
+        for part, value in self._seconds_of(prefill_attention_ops(self.model, plan, size, tokens, self.weight_dtype)).items():
+            attention[part] = attention.get(part, 0.0) + value
         stored = size * plan.kv_bytes(tokens, 1) / layers
         exposed = self._layer_exposed(sum(attention.values()), sum(mlp.values()), Loads(), self._cache_stores(stored), n)
         parts = self._outer(n, rows, size)
@@ -255,23 +220,6 @@ class OffloadCosts(StepCosts):
             for part, value in found.items():
                 parts[part] = parts.get(part, 0) + round(layers * times * value * PS_PER_S)
         return Price({part: value for part, value in parts.items() if value})
-
-    def _eager_attention(self, batch: int, tokens: int) -> list[Op]:
-        """Two batched products over whole score matrices, mask and softmax between them; no causal half is saved."""
-        model = self.model
-        rows, scores = batch * model.num_q_heads * tokens, float(batch * model.num_q_heads * tokens * tokens)
-        ops: list[Op] = [
-            Gemm(rows, tokens, model.head_dim, self.weight_dtype), Gemm(rows, model.head_dim, tokens, self.weight_dtype),
-            Elementwise("mask", round(4 * scores) + batch * tokens * tokens), Elementwise("softmax", round(4 * scores)),
-        ]  # fmt: skip
-        for op in self.plan.prefill_ops(tokens, 0):
-            assert isinstance(op, PolicyKernel)
-            if op.kernel == "prefill_scores":
-                ops.append(PolicyKernel("score_column_sums", COLUMN_SUM_BYTES * scores, 0.0, 1, "engine"))
-            else:  # of one sequence and all layers
-                share = batch / self.plan.shape.num_layers
-                ops.append(PolicyKernel(op.kernel, op.bytes_moved * share, op.flops * share, 1, op.owner))
-        return ops
 
     def paid(self) -> dict[Part, int]:
         times = super().paid()

@@ -10,12 +10,13 @@ FlexGen's --compress-cache is the policy {kind: kv_quant, dtype: int4}, its fork
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from kvsim.cost_types import Chunk
 from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
+from kvsim.engines.flexgen_weights import LayerWeights, placed
 from kvsim.engines.scheduler import Scheduler, Step
 from kvsim.errors import DoesNotFitError, InputError
 from kvsim.model import Model
@@ -31,18 +32,6 @@ _ATTENTION_LAUNCHES, _MLP_LAUNCHES, _OUTER_LAUNCHES = 14, 5, 9
 """Kernels of mha_gen (norm, four linears, scaling, two cache writes, two bmm, mask, softmax, residual), of mlp and of both embeddings."""
 _POLICY_LAUNCHES = 12
 """What the H2O fork adds to a layer: scores added (2), argmin, and three replacements of clone, scatter and copy each."""
-WEIGHT_BITS = 4.5
-"""4 bits, and an fp16 scale and minimum for each group of 64 (CompressionConfig(num_bits=4, group_size=64))."""
-DEVICES = ("gpu", "cpu", "disk")
-
-
-class LayerWeights(NamedTuple):
-    """Matrices of one layer: fp16 elements, and stored bytes by where they live."""
-
-    elements: int
-    gpu_bytes: float
-    cpu_bytes: float
-    disk_bytes: float
 
 
 class FlexGen(Engine):
@@ -126,16 +115,7 @@ class FlexGen(Engine):
         return self._placed([table, model.num_learned_positions * model.hidden_size]), self._placed([table])
 
     def _placed(self, sizes: SequenceOf[int]) -> LayerWeights:
-        """As init_weight_list: a matrix lives where the middle of it falls on the line disk, host, GPU."""
-        total, before = sum(sizes), 0
-        found = dict.fromkeys(DEVICES, 0.0)
-        disk = 1.0 - self.weight_gpu_frac - self.weight_cpu_frac
-        for size in sizes:
-            middle = (before + size / 2) / total
-            place = "disk" if middle < disk - 1e-9 else "cpu" if middle < disk + self.weight_cpu_frac - 1e-9 else "gpu"
-            found[place] += size * (WEIGHT_BITS / 8 if self.compress_weight else 2)
-            before += size
-        return LayerWeights(total, found["gpu"], found["cpu"], found["disk"])
+        return placed(sizes, self.weight_gpu_frac, self.weight_cpu_frac, self.compress_weight)
 
     def _everything(self, model: Model) -> list[tuple[int, LayerWeights]]:
         """(how many alike, weights)."""
