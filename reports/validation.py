@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
@@ -28,7 +28,8 @@ def group_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """A line for each group and metric, in order of appearance."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.suite, row.group, row.metric), []).append(row)
+        metric = f"{row.metric}: {row.case}" if row.is_relative else row.metric
+        groups.setdefault((row.suite, row.group, metric), []).append(row)
     return [(f"{suite} {group}", metric, *_errors(found)) for (suite, group, metric), found in groups.items()]
 
 
@@ -112,7 +113,10 @@ def as_markdown(report: Report) -> str:
 
 
 def write_validation(report: Report, folder: Path) -> list[Path]:
-    """validation.json, rows.csv, tables.md and validation.html, which holds the plots; each file appears whole."""
+    """validation.json, rows.csv, tables.md, validation.html, which holds the plots, and requests.csv of a run of one's own.
+
+    Each file appears whole.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     by_suite = {suite: group_lines([row for row in report.rows if row.suite == suite]) for suite in {row.suite for row in report.rows}}
@@ -120,6 +124,8 @@ def write_validation(report: Report, folder: Path) -> list[Path]:
         "validation.json": as_json(report), "tables.md": as_markdown(report), "rows.csv": _csv(report.rows),
         "validation.html": as_html(report, HEADS, by_suite),
     }  # fmt: skip
+    if report.per_request:
+        texts["requests.csv"] = _requests_csv(report.per_request)
     for name, text in texts.items():
         path = folder / name
         partial = path.with_name(f"{name}.partial")
@@ -142,4 +148,15 @@ def _csv(rows: Sequence[Row]) -> str:
             *(next((f"{value:.6g}" for model, value in row.naive.items() if model.startswith(name)), "") for name in (ROOFLINE, BYTES)),
             row.confidence, row.source,
         ))  # fmt: skip
+    return out.getvalue()
+
+
+def _requests_csv(columns: Mapping[str, Sequence[float]]) -> str:
+    """A row for each request, in order of start."""
+    import io
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([f"{value:.9g}" for value in row] for row in zip(*columns.values(), strict=True))
     return out.getvalue()

@@ -50,7 +50,18 @@ def as_html(report: Report, group_heads: Sequence[str], group_lines: dict[str, l
 def _suite(report: Report, name: str, groups: list[tuple[str, ...]]) -> Suite:
     bars = [(bar.text, f"{bar.value:.1%}", f"{bar.limit:.1%}", bar.met) for bar in report.bars if bar.suite == name]
     rows = [row for row in report.rows if row.suite == name]
-    return Suite(name, bars, groups, list(_figures(name, rows)), [_line(row) for row in rows])
+    figures = [*_figures(name, rows), *(_request_figures(report) if name == "requests" else ())]
+    return Suite(name, bars, groups, figures, [_line(row) for row in rows])
+
+
+def _request_figures(report: Report) -> Iterator[Figure]:
+    """A point for each request of a run of one's own."""
+    columns = report.per_request
+    for metric in [name.removeprefix("measured_") for name in columns if name.startswith("measured_")]:
+        pairs = zip(columns[f"measured_{metric}"], columns[f"simulated_{metric}"], strict=True)
+        rows = [Row("requests", "requests", "", metric, *pair, "") for pair in pairs if min(pair) > 0]
+        if len(rows) >= MIN_POINTS:
+            yield Figure(f"requests, one by one: {metric}", _svg("each request", metric, rows))
 
 
 def _line(row: Row) -> tuple[str, ...]:

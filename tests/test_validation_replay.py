@@ -80,7 +80,7 @@ def write(folder: Path, result: Any) -> Path:
 
 def test_round_trip(tmp_path: Path, scenario: Path, result: dict[str, Any]) -> None:
     """Arrivals lie in whole picoseconds 1,000 s after the clock's zero, where a float resolves 0.1 ns."""
-    rows, notes = replay.rows(write(tmp_path, result), scenario)
+    rows, notes, _ = replay.replay(write(tmp_path, result), scenario)
     assert notes == ("arrivals: the start times of the file",)
     found = {(row.metric, row.case) for row in rows}
     for metric in ("ttft_s", "tpot_ms", "itl_ms", "e2e_s"):
@@ -96,7 +96,7 @@ def test_a_slower_deployment_is_seen(tmp_path: Path, scenario: Path, result: dic
     """The same file against half the number of sequences: later first tokens, and bars that are missed."""
     path = write(tmp_path, result)
     scenario.write_text(SCENARIO.replace("max_num_seqs: 8", "max_num_seqs: 4"))
-    rows, _ = replay.rows(path, scenario)
+    rows, _, _ = replay.replay(path, scenario)
     by = {(row.metric, row.case): row.error for row in rows}
     assert by["ttft_s", "mean"] > 0.1 and by["tpot_ms", "mean"] < 0
     assert not all(bar.met for bar in replay.bars(rows))
@@ -106,7 +106,7 @@ def test_the_order_of_the_file_does_not_matter(tmp_path: Path, scenario: Path, r
     lists = [key for key, value in result.items() if isinstance(value, list)]
     order = np.random.default_rng(0).permutation(len(result["ttfts"]))
     mixed = {**result, **{key: [result[key][i] for i in order] for key in lists}}
-    rows, _ = replay.rows(write(tmp_path, mixed), scenario)
+    rows, _, _ = replay.replay(write(tmp_path, mixed), scenario)
     assert max(abs(row.error) for row in rows) < 1e-6
 
 
@@ -118,14 +118,14 @@ def test_failed_requests_are_left_out_and_told(tmp_path: Path, scenario: Path, r
             ("generated_texts", ""),
         ):  # fmt: skip
             result[key].append(value)
-    rows, notes = replay.rows(write(tmp_path, result), scenario)
+    rows, notes, _ = replay.replay(write(tmp_path, result), scenario)
     assert notes[0].startswith("2 of 62 requests failed")
     assert max(abs(row.error) for row in rows) < 1e-6
 
 
 def test_without_start_times_the_stated_traffic_is_drawn(tmp_path: Path, scenario: Path, result: dict[str, Any]) -> None:
     del result["start_times"]
-    rows, notes = replay.rows(write(tmp_path, result), scenario)
+    rows, notes, _ = replay.replay(write(tmp_path, result), scenario)
     assert "drawn anew at the stated 2 requests/s" in notes[0]
     assert not [row for row in rows if row.is_relative or "in flight" in row.metric], "requests cannot be paired"
     assert {row.metric for row in rows} == {"ttft_s", "tpot_ms", "itl_ms", "e2e_s"}
@@ -150,7 +150,7 @@ def test_closed_loop(tmp_path: Path, scenario: Path) -> None:
     result = as_bench_serve(simulate(load_scenario(scenario, {"workload": loop})).policies["full"])
     del result["start_times"]
     result |= {"request_rate": "inf", "max_concurrency": 5}
-    rows, notes = replay.rows(write(tmp_path, result), scenario)
+    rows, notes, _ = replay.replay(write(tmp_path, result), scenario)
     assert "closed loop of 5 clients" in notes[0]
     assert max(abs(row.error) for row in rows) < 1e-6
 
@@ -159,7 +159,7 @@ def test_all_at_once(tmp_path: Path, scenario: Path) -> None:
     once = {**OPEN, "arrivals": {"kind": "all_at_once"}}
     result = as_bench_serve(simulate(load_scenario(scenario, {"workload": once})).policies["full"])
     del result["start_times"]
-    rows, notes = replay.rows(write(tmp_path, {**result, "request_rate": "inf"}), scenario)
+    rows, notes, _ = replay.replay(write(tmp_path, {**result, "request_rate": "inf"}), scenario)
     assert "all requests at once" in notes[0] and max(abs(row.error) for row in rows) < 1e-6
 
 
@@ -197,6 +197,12 @@ def test_the_command(tmp_path: Path, scenario: Path, result: dict[str, Any], cap
     assert main(["validate", "requests", "--measured", str(path), "--scenario", str(scenario), "--out", str(tmp_path / "v")]) == 0
     told = capsys.readouterr().out
     assert "side by side" in told and "itl_ms" in told and "the start times of the file" in told
+    lines = (tmp_path / "v" / "requests.csv").read_text().splitlines()
+    assert len(lines) == 61 and lines[0].startswith("start_s,prompt_tokens,output_tokens,measured_ttft_s,simulated_ttft_s")
+    for line in lines[1:]:
+        values = [float(value) for value in line.split(",")]
+        assert values[3::2] == pytest.approx(values[4::2], rel=1e-6)
+    assert "requests, one by one: ttft_s" in (tmp_path / "v" / "validation.html").read_text()
     content = json.loads((tmp_path / "v" / "validation.json").read_text())
     assert content["notes"] == ["arrivals: the start times of the file"]
     two = scenario.with_name("two.yaml")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,16 @@ NAME = "requests"
 SEED = 0
 
 
-def rows(measured: Path, scenario: Path, policy: str | None = None) -> tuple[list[Row], tuple[str, ...]]:
-    """Rows of one measured run, and notes on how it was replayed. Raises InputError.
+class Replay(NamedTuple):
+    """Rows, notes on how the run was replayed, and columns of single requests (empty where they cannot be paired)."""
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    per_request: dict[str, tuple[float, ...]]
+
+
+def replay(measured: Path, scenario: Path, policy: str | None = None) -> Replay:
+    """One measured run beside its simulation. Raises InputError.
 
     scenario: a scenario file; its workload is replaced and may be absent. policy: which of its policies ran.
     """
@@ -39,7 +48,23 @@ def rows(measured: Path, scenario: Path, policy: str | None = None) -> tuple[lis
         result = next(iter(simulate(loaded).policies.values()))
     caching = getattr(loaded.engine, "enable_prefix_caching", False)
     hits = ("prompts are taken as unlike: the file says nothing of prefix-cache hits",) if caching else ()
-    return compare(run, result, loaded), (*run.notes, how, *hits)
+    return Replay(tuple(compare(run, result, loaded)), (*run.notes, how, *hits), _per_request(run, result))
+
+
+def _per_request(run: MeasuredRun, result: PolicyResult) -> dict[str, tuple[float, ...]]:
+    if run.start_s is None:
+        return {}
+    columns = {"start_s": run.start_s, "prompt_tokens": run.prompt_tokens, "output_tokens": run.output_tokens}
+    measured, simulated = _times(run), simulated_times(result)
+    for name in ("ttft_s", "tpot_ms", "e2e_s"):
+        columns |= {f"measured_{name}": measured[name], f"simulated_{name}": simulated[name]}
+    return {name: tuple(column.tolist()) for name, column in columns.items()}
+
+
+def _times(run: MeasuredRun) -> dict[str, np.ndarray]:
+    e2e = run.e2e_s
+    tpot = (e2e - run.ttft_s) / np.maximum(run.output_tokens - 1, 1) * 1e3
+    return {"ttft_s": run.ttft_s, "tpot_ms": tpot, "e2e_s": e2e, "output_tokens": run.output_tokens}
 
 
 def workload_of(run: MeasuredRun, folder: Path) -> tuple[dict[str, Any], str]:
@@ -95,8 +120,7 @@ def compare(run: MeasuredRun, result: PolicyResult, scenario: Scenario) -> list[
     """TTFT, TPOT, ITL and E2E; where arrivals are those of the file, also request by request and the number in flight."""
     group, paired = run.name, run.start_s is not None
     simulated = simulated_times(result)
-    truth = {"ttft_s": run.ttft_s, "e2e_s": run.e2e_s, "output_tokens": run.output_tokens}
-    truth["tpot_ms"] = (truth["e2e_s"] - run.ttft_s) / np.maximum(run.output_tokens - 1, 1) * 1e3
+    truth = _times(run)
     naive = {ROOFLINE: roofline_times(scenario, run.prompt_tokens, run.output_tokens)}
     found = compare_latencies(truth, simulated, NAME, group, run.name, paired, naive)
     found += _gap_rows(run, result, group)
@@ -118,7 +142,7 @@ def _gap_rows(run: MeasuredRun, result: PolicyResult, group: str) -> list[Row]:
     return found
 
 
-def bars(rows: list[Row]) -> list[Bar]:
+def bars(rows: Sequence[Row]) -> list[Bar]:
     """The bars of the shipped run, on the user's."""
     limits = limits_of(rows)
     return [Bar(NAME, f"{row.metric}: {row.case}", abs(row.error), limit) for row, limit in limits]

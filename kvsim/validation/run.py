@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,18 +20,22 @@ NEEDS_MEASURED = {"requests": "vllm_rtx4090_requests.csv", "silicon": "h100_sili
 
 @dataclass(frozen=True)
 class Report:
-    """Rows and bars of the suites that ran; skipped: why others did not; notes: what a reader must know beside the numbers."""
+    """Rows and bars of the suites that ran; skipped: why others did not; notes: what a reader must know beside the numbers.
+
+    per_request: columns of measured and simulated times of a run of one's own, where its requests can be paired.
+    """
 
     rows: tuple[Row, ...]
     bars: tuple[Bar, ...]
     skipped: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    per_request: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def validate_run(measured: Path, scenario: Path, policy: str | None = None) -> Report:
     """A user's own measured run, replayed on the deployment of a scenario file. Raises InputError."""
-    found, notes = replay.rows(measured, scenario, policy)
-    return Report(tuple(found), tuple(replay.bars(found)), (), notes)
+    found = replay.replay(measured, scenario, policy)
+    return Report(found.rows, tuple(replay.bars(found.rows)), (), found.notes, found.per_request)
 
 
 def run_case(case: Case) -> list[Row]:
