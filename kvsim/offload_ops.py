@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kvsim.dtypes import BYTES_16_BIT
 from kvsim.engines.flexgen import FlexGen
 from kvsim.engines.flexgen_weights import LayerWeights
-from kvsim.forward import ACTIVATION_BYTES
 from kvsim.model import Model
 from kvsim.ops import Copy, DecodeAttention, Elementwise, Gemm, Op, PolicyKernel
 from kvsim.policies.compose import CachePlan
@@ -24,18 +24,18 @@ COLUMN_SUM_BYTES = 2.0
 
 def attention_linear_ops(model: Model, engine: FlexGen, weights: LayerWeights, rows: int, weight_dtype: str) -> list[Op]:
     """Projections apart for queries, keys and values, their rearrangement, and the residual."""
-    row = rows * model.hidden_size * ACTIVATION_BYTES
+    row = rows * model.hidden_size * BYTES_16_BIT
     qkv, o = model.gemms(1)[:2]
     kv_width = model.num_kv_heads * model.head_dim
     matrices = [Gemm(rows, n, qkv.k, weight_dtype) for n in (qkv.n - 2 * kv_width, kv_width, kv_width)]
     return [
         Elementwise("norm", 4 * row), *matrices, Gemm(rows, o.n, o.k, weight_dtype), Elementwise("scale_and_permute", 4 * row),
-        Elementwise("kv_write", 4 * rows * kv_width * ACTIVATION_BYTES), *_between(engine, row), *_widened(engine, weights),
+        Elementwise("kv_write", 4 * rows * kv_width * BYTES_16_BIT), *_between(engine, row), *_widened(engine, weights),
     ]  # fmt: skip
 
 
 def mlp_ops(model: Model, engine: FlexGen, weights: LayerWeights, rows: int, weight_dtype: str) -> list[Op]:
-    row, wide = rows * model.hidden_size * ACTIVATION_BYTES, rows * model.intermediate_size * ACTIVATION_BYTES
+    row, wide = rows * model.hidden_size * BYTES_16_BIT, rows * model.intermediate_size * BYTES_16_BIT
     matrices = [Gemm(rows, w.n, w.k, weight_dtype) for w in model.gemms(1)[2:]]
     activation = Elementwise("activation", (3 if model.gated_mlp else 2) * wide)
     return [Elementwise("norm", 4 * row), *matrices, activation, *_between(engine, row), *_widened(engine, weights)]
@@ -52,10 +52,10 @@ def _between(engine: FlexGen, row_bytes: int) -> list[Op]:
 
 def outer_ops(model: Model, rows: int, num_sampled: int, weight_dtype: str) -> list[Op]:
     """Embeddings at both ends; logits of every row, as opt_output_embed computes them."""
-    row, head = rows * model.hidden_size * ACTIVATION_BYTES, model.lm_head(1)
+    row, head = rows * model.hidden_size * BYTES_16_BIT, model.lm_head(1)
     return [
         Elementwise("embedding", 2 * row), Elementwise("norm", 4 * row), Gemm(rows, head.n, head.k, weight_dtype),
-        Elementwise("argmax", num_sampled * head.n * ACTIVATION_BYTES),
+        Elementwise("argmax", num_sampled * head.n * BYTES_16_BIT),
     ]  # fmt: skip
 
 
