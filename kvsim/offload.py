@@ -20,7 +20,7 @@ from kvsim.engines.flexgen import FlexGen
 from kvsim.engines.flexgen_weights import LayerWeights
 from kvsim.offload_ops import attention_linear_ops, decode_attention_ops, mlp_ops, outer_ops, prefill_attention_ops
 from kvsim.ops import Copy, Op
-from kvsim.pricing import HOST, BatchTable, Memo, Part, Price, op_label
+from kvsim.pricing import HOST, BatchTable, Part, Price, _Memo, op_label
 from kvsim.profile import Answer
 from kvsim.units import GB, PS_PER_S
 
@@ -49,7 +49,7 @@ class OffloadCosts(StepCosts):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.blocks = Memo(self._block)
+        self.blocks = _Memo(self._block)
         self._attention_weights, self._mlp_weights = self.engine.layer_weights(self.model)
 
     # -- links ----------------------------------------------------------------------------------------------------
