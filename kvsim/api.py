@@ -21,6 +21,7 @@ from kvsim.hardware import Gpu, load_gpu
 from kvsim.memory import Ledger, check_fits
 from kvsim.metrics import Summary, check_slo, summarize
 from kvsim.model import Model, load_model
+from kvsim.offload import OffloadCosts
 from kvsim.policies.base import CacheShape, Policy
 from kvsim.policies.compose import CachePlan, Composition
 from kvsim.pool import BlockPool, PrefixPool
@@ -62,7 +63,7 @@ def deploy(scenario: Scenario) -> Deployment:
     check_slo(scenario.slo)
     longest = engine.max_model_len or model.max_context_tokens
     # ALiBi and plain decoders have no hard limit; learned positions have, and rotary ones are trained for theirs.
-    if longest > model.max_context_tokens and model.position != "alibi":
+    if longest > model.max_context_tokens and model.position != "alibi" and not engine.ignores_positions:
         raise InputError(
             "engine.max_model_len", longest, f"must be at most the context of {model.name}, {model.max_context_tokens}",
             "lower it or choose another model",
@@ -164,7 +165,8 @@ def run_policy(
             )
 
     def costs(hbm_share: float = 1.0) -> StepCosts:
-        return StepCosts(
+        make = OffloadCosts if engine.offloads else StepCosts
+        return make(
             model, tp, deployment.weight_dtype, engine, plan, deployment.profile, ledger.pool_slots, hbm_share
         )
 
@@ -199,7 +201,7 @@ def run_policy(
         name=name, description=plan.composition.describe(), summary=summary, log=log, ledger=tuple(ledger.lines),
         pool_units=ledger.pool_units, unit_bytes=plan.unit_bytes,
         kv_bytes_per_sequence=_kv_bytes_per_sequence(log, plan.unit_bytes),
-        basis=_basis(replica), notes=tuple(dict.fromkeys(notes)),
+        basis=_basis(replica), notes=tuple(dict.fromkeys(notes)), pool_gpu_frac=engine.cache_fracs[0],
         quality=nearest(plan.composition.policies, model, float(log.request_columns()["prompt_tokens"].mean())),
     )  # fmt: skip
 

@@ -21,15 +21,18 @@ class Curve:
 
     __slots__ = ("count", "knots", "ms", "offset", "parts", "xs", "ys")
 
-    def __init__(self, knots: Sequence[int], seconds: Mapping[Any, Sequence[float]]) -> None:
-        """knots: ascending, from 0. seconds: for each part, its values at the knots; where they fall (noise) they are held."""
+    def __init__(self, knots: Sequence[int], seconds: Mapping[Any, Sequence[float]], hold: bool = True) -> None:
+        """knots: ascending, from 0. seconds: for each part, its values at the knots; where they fall (noise) they are held.
+
+        hold: False where a part may fall although the whole does not, as a wait does that compute comes to cover.
+        """
         self.knots = knots
         self.xs: list[int] = [*knots[:-1], _BEYOND]
         self.parts: dict[Any, tuple[list[int], list[int]]] = {}
         for label, values in seconds.items():
             highest, ys = 0, []
             for value in values:
-                highest = max(highest, round(value * PS_PER_S))
+                highest = max(highest if hold else 0, round(value * PS_PER_S))
                 ys.append(highest)
             ms = [(ys[i + 1] - ys[i]) // (knots[i + 1] - knots[i]) for i in range(len(knots) - 1)]
             self.parts[label] = (ys[:-1], ms)

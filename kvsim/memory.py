@@ -24,7 +24,7 @@ class Ledger:
         self, gpu: Gpu, model: Model, tp: int, weight_dtype: str, engine: Engine, plan: CachePlan,
         max_prompt_tokens: int, num_gpu_blocks: int | None = None,
     ) -> None:  # fmt: skip
-        weights = round(model.weight_bytes(weight_dtype, tp))
+        weights = engine.gpu_weight_bytes(model, tp, weight_dtype)
         allowed = floor(gpu.usable_bytes * engine.gpu_memory_utilization)
         self.lines: list[LedgerLine] = [
             LedgerLine("GPU memory", gpu.usable_bytes, f"as {gpu.name} reports it: {gpu.sources.get('usable_memory_gib', '')}"),
@@ -51,7 +51,7 @@ class Ledger:
             pool_bytes = num_gpu_blocks * plain_block
             note = f"given: {num_gpu_blocks} blocks of {format_bytes(plain_block)}; the lines above are not used"
         else:
-            pool_bytes = allowed - used
+            pool_bytes = engine.pool_bytes(allowed - used, model)
             note = f"{pool_bytes // plain_block} uncompressed blocks of {format_bytes(plain_block)}" if pool_bytes > 0 else ""
         if pool_bytes < plain_block:
             raise DoesNotFitError(_does_not_fit(gpu, model, tp, weight_dtype, engine, self.lines, plain_block - pool_bytes))

@@ -76,6 +76,8 @@ class PolicyResult:
     """What a reader must know beside the numbers: features turned off and why, physics left out."""
     quality: PublishedQuality | None = None
     """The published figure nearest to the policy, budget and model (`kvsim.quality`); None where there is none."""
+    pool_gpu_frac: float = 1.0
+    """Share of the cache that lies in GPU memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,8 @@ class Engine(Frozen):
     """KV-Compress's metrics are updated over the whole block pool in every step, as in its fork of vLLM."""
     host_overlap: ClassVar[Literal["async", "sync"]] = "async"
     """async: the host prepares the next step while the device runs; sync: schedule + max(launch, device) + sample."""
+    offloads: ClassVar[bool] = False
+    """Weights or cache may live outside the GPU: `kvsim.offload` says what its steps cost."""
     capture_sizes: ClassVar[tuple[int, ...]] = ()
     """Batch sizes captured as CUDA graphs, ascending; a batch is padded to the next one."""
 
@@ -115,6 +117,19 @@ class Engine(Frozen):
         """Everything in GPU memory but weights, policies and the pool itself."""
         raise NotImplementedError
 
+    @property
+    def cache_fracs(self) -> tuple[float, float, float]:
+        """Of the cache on GPU, in host memory and on disk."""
+        return 1.0, 0.0, 0.0
+
+    def gpu_weight_bytes(self, model: Model, tp: int, weight_dtype: str) -> int:
+        """Weights that stay on each GPU."""
+        return round(model.weight_bytes(weight_dtype, tp))
+
+    def pool_bytes(self, free_gpu_bytes: int, model: Model) -> int:
+        """The cache, wherever it lives, that an engine has with so much GPU memory left."""
+        return free_gpu_bytes
+
     def num_launches(self, model: Model, tp: int) -> int:
         """Kernels of one forward pass."""
         return num_launches_per_step(model, tp)
@@ -122,6 +137,11 @@ class Engine(Frozen):
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
         """A scheduler with an empty queue over this pool."""
         raise NotImplementedError
+
+    @property
+    def ignores_positions(self) -> bool:
+        """Sequences may be longer than the model's context: positions are left out, and answers are nonsense."""
+        return False
 
     def check(self, model: Model, tp: int) -> None:
         """Raises InputError where the fields contradict each other or the model."""

@@ -197,13 +197,16 @@ class CachePlan:
             held += units[lane] * -(-(start + d_tokens[lane] * (steps_done - 1)) // size)
         return held
 
-    def peak_units(self, prompt_tokens: int, output_tokens: int, prefill_tokens: int | None = None) -> int:
+    def peak_units(
+        self, prompt_tokens: int, output_tokens: int, prefill_tokens: int | None = None, whole_prompt: bool = True
+    ) -> int:
         """The most units that one sequence holds at any time, alone in the pool, until `output_tokens` more have come.
 
-        prefill_tokens: what is computed first, where a preempted sequence computes more than its prompt.
+        prefill_tokens: what is computed first, where a preempted sequence computes more than its prompt. whole_prompt: the
+        pool holds the prompt before it is compressed; False where an engine compresses it layer by layer.
         """
         prefill = prompt_tokens if prefill_tokens is None else prefill_tokens
-        peak, step, last = self.prefill_units(prefill), 1, output_tokens - 1
+        peak, step, last = self.prefill_units(prefill) if whole_prompt else 0, 1, output_tokens - 1
         while step <= last:
             segment = self.segment(prompt_tokens, prefill, step)
             steps = min(segment.steps, last - step + 1)

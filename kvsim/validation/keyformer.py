@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvsim.validation.cases import Bar, Case, Row, Truth
+from kvsim.validation.naive import BYTES, ROOFLINE, byte_ratio, roofline
 
 NAME = "published"
 GROUP = "Keyformer table 1"
@@ -14,6 +15,8 @@ POLICIES: dict[str, list[dict[str, Any]]] = {
     "H2O 90 %": [{"kind": "h2o", "kept_frac": 0.9}],
     "Keyformer 50 %": [{"kind": "keyformer", "kept_frac": 0.5, "schedule": "code"}],
 }
+KEPT_FRAC = {"H2O 90 %": 0.9, "Keyformer 50 %": 0.5}
+BEAMS = 4
 TABLE = {
     (1024, 1): {"full": 24.9, "H2O 90 %": 27.8, "Keyformer 50 %": 32.0},
     (2048, 1): {"full": 15.0, "H2O 90 %": 20.5, "Keyformer 50 %": 24.3},
@@ -29,14 +32,20 @@ def cases() -> list[Case]:
         for policy, rate in by_policy.items():
             scenario = {
                 "gpu": "a100-sxm-80gb", "model": "mpt-7b-storywriter", "weight_dtype": "fp16", "policies": {"p": POLICIES[policy]},
-                "engine": {"kind": "huggingface", "batch_size": batch, "num_beams": 4, "gpu_memory_utilization": 1.0},
+                "engine": {"kind": "huggingface", "batch_size": batch, "num_beams": BEAMS, "gpu_memory_utilization": 1.0},
                 "workload": {
                     "arrivals": {"kind": "all_at_once"}, "num_requests": batch,
                     "lengths": {"kind": "fixed", "prompt_tokens": tokens, "output_tokens": tokens},
                 },
             }  # fmt: skip
             name = f"{policy} {tokens}+{tokens} batch {batch}"
-            found.append(Case(NAME, GROUP, name, scenario, (Truth("output_tok_s", rate),), SOURCE))
+            full_tokens = tokens + tokens / 2
+            kept = KEPT_FRAC[policy] * tokens if policy in KEPT_FRAC else full_tokens
+            reads = roofline("a100-sxm-80gb", "mpt-7b-storywriter", 1, "fp16", BEAMS * batch, tokens, tokens, kept)
+            naive = {ROOFLINE: {"output_tok_s": reads["output_tok_s"] / BEAMS}}
+            if policy in KEPT_FRAC and "full" in by_policy:
+                naive[BYTES] = byte_ratio("output_tok_s", by_policy["full"], full_tokens, kept)
+            found.append(Case(NAME, GROUP, name, scenario, (Truth("output_tok_s", rate),), SOURCE, naive))
     return found
 
 

@@ -10,7 +10,7 @@ from statistics import mean, median
 from typing import Any
 
 from kvsim.validation.cases import Bar, Case, Row, Truth
-from kvsim.validation.naive import roofline
+from kvsim.validation.naive import BYTES, byte_ratio, roofline
 
 NAME = "published"
 SETUPS: dict[str, dict[str, Any]] = {
@@ -53,6 +53,7 @@ def _by_length(setup: str, values: tuple[int, ...]) -> dict[int, int]:
 
 BATCHES = {setup: {ratio: _by_length(setup, values) for ratio, values in table.items()} for setup, table in _BATCHES.items()}
 THROUGHPUT = {setup: {ratio: _by_length(setup, values) for ratio, values in table.items()} for setup, table in _THROUGHPUT.items()}
+MIN_KEPT_TOKENS, OUTPUT_TOKENS = 128, 500
 HEADLINE_TOKENS = 6000
 """The paper's 5.18x and 2.14x are the best over prompts of up to so many tokens."""
 SOURCE = "KV-Compress, throughput_by_len.pdf (exact coordinates)"
@@ -61,7 +62,7 @@ SOURCE = "KV-Compress, throughput_by_len.pdf (exact coordinates)"
 def scenario(setup: str, ratio: float, prompt_tokens: int, cap: int | None = None) -> dict[str, Any]:
     """cap: the largest running batch that was observed, declared as the engine's limit."""
     s = SETUPS[setup]
-    policies = [] if ratio == 0 else [{"kind": "kv_compress", "compression_ratio": ratio, "min_kept_tokens": 128}]
+    policies = [] if ratio == 0 else [{"kind": "kv_compress", "compression_ratio": ratio, "min_kept_tokens": MIN_KEPT_TOKENS}]
     return {
         "gpu": s["gpu"], "model": s["model"], "weight_dtype": s["weight_dtype"], "policies": {"p": policies},
         "engine": {
@@ -69,8 +70,8 @@ def scenario(setup: str, ratio: float, prompt_tokens: int, cap: int | None = Non
             "enforce_eager": True, "per_head_kv": True, **({"max_num_seqs": cap} if cap else {}),
         },
         "workload": {
-            "arrivals": {"kind": "all_at_once"}, "lengths": {"kind": "fixed", "prompt_tokens": prompt_tokens, "output_tokens": 500},
-            "num_requests": 256,
+            "arrivals": {"kind": "all_at_once"}, "num_requests": 256,
+            "lengths": {"kind": "fixed", "prompt_tokens": prompt_tokens, "output_tokens": OUTPUT_TOKENS},
         },
     }  # fmt: skip
 
@@ -92,11 +93,19 @@ def cases(quick: bool) -> list[Case]:
                 if cap is None and tokens in BATCHES[setup][ratio]:
                     truths.append(Truth("max_batch", float(batch)))
                 s = SETUPS[setup]
-                naive = roofline(s["gpu"], s["model"], 1, s["weight_dtype"], batch, tokens, 500)
+                kept = (tokens if ratio <= 1 else max(MIN_KEPT_TOKENS, tokens / ratio)) + OUTPUT_TOKENS / 2
+                naive = {
+                    "roofline at the observed batch": roofline(
+                        s["gpu"], s["model"], 1, s["weight_dtype"], batch, tokens, OUTPUT_TOKENS, kept
+                    ),
+                }  # fmt: skip
+                if ratio:
+                    vllm = by_ratio[0].get(tokens)
+                    naive[BYTES] = {} if vllm is None else byte_ratio("total_tok_s", vllm, tokens + OUTPUT_TOKENS / 2, kept)
                 name = "vLLM" if ratio == 0 else f"{ratio:g}x"
                 found.append(Case(
                     NAME, f"KV-Compress {setup}", f"{name} {tokens}+500", scenario(setup, ratio, tokens, cap),
-                    tuple(truths), SOURCE, {"roofline at the observed batch": naive},
+                    tuple(truths), SOURCE, naive,
                 ))  # fmt: skip
     return found
 

@@ -14,8 +14,9 @@ import numpy as np
 from kvsim.api import simulate
 from kvsim.errors import InputError
 from kvsim.scenario import Scenario, parse_scenario
-from kvsim.units import PS_PER_S
 from kvsim.validation.cases import Bar, Row
+from kvsim.validation.latency import compare_counts, compare_latencies, limits_of, roofline_times, simulated_times
+from kvsim.validation.naive import ROOFLINE
 
 NAME = "requests"
 COLUMNS = ("arrival_s", "input_tokens", "output_tokens", "prefix_hit_tokens_inf", "ttft_s", "tpot_ms", "e2e_s")
@@ -32,7 +33,8 @@ def rows(measured: Path) -> list[Row]:
     if absent:
         raise InputError("--measured", str(path), f"must have the columns {', '.join(absent)}")
     table.sort(key=lambda row: float(row["arrival_s"]))
-    truth = {name: np.array([float(row[name]) for row in table]) for name in COLUMNS}
+    known = [*COLUMNS, *(["queue_s"] if "queue_s" in table[0] else [])]
+    truth = {name: np.array([float(row[name]) for row in table]) for name in known}
     found = []
     for hits in (True, False):
         with tempfile.TemporaryDirectory() as folder:
@@ -52,37 +54,26 @@ def rows(measured: Path) -> list[Row]:
 
 
 def compare(scenario: Scenario, truth: dict[str, np.ndarray], group: str, source: str) -> list[Row]:
-    """The first policy of the scenario beside a run's requests, both in order of arrival. truth: ttft_s, tpot_ms, e2e_s."""
-    result = next(iter(simulate(scenario).policies.values()))
-    logged = result.log.request_columns()
-    order = np.argsort(logged["index"])
-    arrival, first, finish, tokens = (logged[name][order] for name in ("arrival_ps", "first_token_ps", "finish_ps", "output_tokens"))
-    simulated = {
-        "ttft_s": (first - arrival) / PS_PER_S,
-        "tpot_ms": (finish - first) / PS_PER_S / np.maximum(tokens - 1, 1) * 1e3,
-        "e2e_s": (finish - arrival) / PS_PER_S,
-    }
-    found = []
-    for name, values in simulated.items():
-        real = truth[name]
-        found.append(Row(NAME, group, "mean", name, float(real.mean()), float(values.mean()), source))
-        found.append(Row(NAME, group, "P99", name, float(np.percentile(real, 99)), float(np.percentile(values, 99)), source))
-        typical = float(np.median(np.abs(values / real - 1)))
-        found.append(Row(NAME, group, "median error of a request", name, 1.0, 1.0 + typical, source))
+    """The first policy of the scenario beside a run's requests, both in order of arrival.
+
+    truth: ttft_s, tpot_ms, e2e_s, input_tokens, output_tokens and arrival_s; with queue_s, waiting and running requests are compared too.
+    """
+    simulated = simulated_times(next(iter(simulate(scenario).policies.values())))
+    naive = {ROOFLINE: roofline_times(scenario, truth["input_tokens"].astype(int), truth["output_tokens"].astype(int))}
+    found = compare_latencies(truth, simulated, NAME, group, source, naive=naive)
+    if "queue_s" in truth:
+        arrival = truth["arrival_s"]
+        scheduled, finish = arrival + truth["queue_s"], arrival + truth["e2e_s"]
+        spans = {"running": (scheduled, finish), "waiting": (arrival, scheduled)}
+        others = {
+            "running": (simulated["scheduled_s"], simulated["finish_s"]),
+            "waiting": (simulated["arrival_s"], simulated["scheduled_s"]),
+        }  # fmt: skip
+        found += compare_counts(spans, others, NAME, group, source)
     return found
-
-
-LIMITS = {
-    ("mean", "ttft_s"): 0.03, ("mean", "tpot_ms"): 0.03, ("mean", "e2e_s"): 0.03,
-    ("P99", "ttft_s"): 0.06, ("P99", "tpot_ms"): 0.06, ("P99", "e2e_s"): 0.06,
-    ("median error of a request", "ttft_s"): 0.15, ("median error of a request", "e2e_s"): 0.05,
-}  # fmt: skip
 
 
 def bars(rows: list[Row]) -> list[Bar]:
     """With the prefix hits given, as the experiment had them."""
-    return [
-        Bar(NAME, f"{row.metric}: {row.case}", abs(row.error), LIMITS[row.case, row.metric])
-        for row in rows
-        if row.group == "prefix hits given" and (row.case, row.metric) in LIMITS
-    ]
+    given = limits_of([row for row in rows if row.group == "prefix hits given"])
+    return [Bar(NAME, f"{row.metric}: {row.case}", abs(row.error), limit) for row, limit in given]

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
 from kvsim.api import simulate
-from kvsim.errors import KvsimError
+from kvsim.errors import DoesNotFitError, KvsimError
 from kvsim.scenario import parse_scenario
-from kvsim.validation import keyformer, kv_compress, memory, requests, silicon
-from kvsim.validation.cases import METRICS, Bar, Case, Row
+from kvsim.validation import flexgen, headlines, keyformer, kv_compress, memory, replay, requests, silicon, theory
+from kvsim.validation.cases import METRICS, OUT_OF_MEMORY, Bar, Case, Row
 
-SUITES = ("memory", "published", "requests", "silicon")
+SUITES = ("theory", "memory", "published", "requests", "silicon")
 NEEDS_MEASURED = {"requests": "vllm_rtx4090_requests.csv", "silicon": "h100_silicon_dense.csv"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows and bars of the suites that ran; skipped: why others did not."""
+    """Rows and bars of the suites that ran; skipped: why others did not; notes: what a reader must know beside the numbers.
+
+    per_request: columns of measured and simulated times of a run of one's own, where its requests can be paired.
+    """
 
     rows: tuple[Row, ...]
     bars: tuple[Bar, ...]
     skipped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    per_request: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+def validate_run(measured: Path, scenario: Path, policy: str | None = None) -> Report:
+    """A user's own measured run, replayed on the deployment of a scenario file. Raises InputError."""
+    found = replay.replay(measured, scenario, policy)
+    return Report(found.rows, tuple(replay.bars(found.rows)), (), found.notes, found.per_request)
 
 
 def run_case(case: Case) -> list[Row]:
@@ -34,10 +45,12 @@ def run_case(case: Case) -> list[Row]:
         predicted, note = {truth.metric: METRICS[truth.metric](result) for truth in case.truths}, ""
     except KvsimError as error:
         predicted, note = dict.fromkeys((truth.metric for truth in case.truths), float("nan")), str(error)
+        if OUT_OF_MEMORY in predicted and isinstance(error, DoesNotFitError):
+            predicted[OUT_OF_MEMORY], note = 1.0, ""
     return [
         Row(
             case.suite, case.group, case.name, truth.metric, truth.value, predicted[truth.metric], case.source,
-            {name: values[truth.metric] for name, values in case.naive.items() if truth.metric in values}, note,
+            {name: values[truth.metric] for name, values in case.naive.items() if truth.metric in values}, note, case.confidence,
         )
         for truth in case.truths
     ]  # fmt: skip
@@ -61,7 +74,11 @@ def validate(suites: Sequence[str], measured: Path, jobs: int = 1, quick: bool =
         if needed is not None and not (measured / needed).exists():
             skipped.append(f"{suite}: {measured / needed} is absent (see --measured)")
             continue
-        if suite == "memory":
+        if suite == "theory":
+            laws = theory.laws(quick)
+            found = [law.row for law in laws]
+            bars += theory.bars(laws)
+        elif suite == "memory":
             found = memory.rows()
             bars += memory.bars(found)
         elif suite == "requests":
@@ -71,7 +88,7 @@ def validate(suites: Sequence[str], measured: Path, jobs: int = 1, quick: bool =
             found = run_cases(silicon.cases(measured, quick), jobs)
             bars += silicon.bars(found)
         else:
-            found = run_cases([*kv_compress.cases(quick), *keyformer.cases()], jobs)
-            bars += [*kv_compress.bars(found), *keyformer.bars(found)]
+            found = run_cases([*kv_compress.cases(quick), *keyformer.cases(), *flexgen.cases()], jobs) + headlines.rows()
+            bars += [*kv_compress.bars(found), *keyformer.bars(found), *flexgen.bars(found)]
         rows += found
     return Report(tuple(rows), tuple(bars), tuple(skipped))
