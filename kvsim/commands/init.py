@@ -16,7 +16,7 @@ from kvsim.errors import InputError, KvsimError
 if TYPE_CHECKING:
     from kvsim.starter import Answers
 
-ENGINE_KINDS = ("vllm_v1", "vllm_v0", "trtllm", "sglang", "huggingface", "torch_decoder")
+ENGINE_KINDS = ("vllm_v1", "vllm_v0", "trtllm", "sglang", "huggingface", "flexgen", "torch_decoder")
 TRAFFIC_NAMES = ("chat", "summarise", "rag")
 WEIGHT_DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 """Those of kvsim.engines, kvsim.starter and kvsim.dtypes, without importing them (a test compares)."""
