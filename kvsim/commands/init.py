@@ -16,10 +16,11 @@ from kvsim.errors import InputError, KvsimError
 if TYPE_CHECKING:
     from kvsim.starter import Answers
 
-ENGINE_KINDS = ("vllm_v1", "vllm_v0", "trtllm", "sglang", "huggingface", "flexgen", "torch_decoder")
+ENGINE_KINDS = ("vllm_v1", "vllm_v0", "trtllm", "sglang", "huggingface", "torch_decoder")
 TRAFFIC_NAMES = ("chat", "summarise", "rag")
 WEIGHT_DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
-"""Those of kvsim.engines, kvsim.starter and kvsim.dtypes, without importing them (a test compares)."""
+"""Those of kvsim.engines (less those that offload: their batches are given outright), kvsim.starter and kvsim.dtypes,
+without importing them (a test compares)."""
 DEFAULTS = {
     "gpu": "a100-sxm-80gb", "model": "llama-3.1-8b", "engine": "vllm_v1", "traffic": "chat", "policies": "full,snapkv,kivi,kv_quant",
 }  # fmt: skip
