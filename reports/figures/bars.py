@@ -1,0 +1,99 @@
+"""Stacked bars with a row for each policy or option: time by Op, and the lines of the memory ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvsim.reports.figures.chart import GRID, OP_COLOURS, PAPER, Chart, Entry, Panel, ink_on, literal
+from kvsim.reports.figures.inline import LABEL_ON
+from kvsim.reports.formats import percent, share
+from kvsim.units import GIB
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from kvsim.planning.result import LedgerEntry
+    from kvsim.result import LedgerLine
+
+ROW_IN = 0.44
+"""Height of a row: a line of text and a bar under it."""
+LABELLED_FRAC = 0.075
+"""Of the longest bar: narrower parts have no room for their share."""
+BAR_HEIGHT = 0.42
+
+
+def op_bars(op_s: Mapping[str, Mapping[str, float]], title: str, unit: str, caption: str) -> Chart | None:
+    """A bar for each name, parted by Op kind; the Op that is largest anywhere first. None where nothing took time."""
+    largest = {op: max(by.get(op, 0.0) for by in op_s.values()) for by in op_s.values() for op in by}
+    ops = sorted((op for op in largest if largest[op] > 0), key=lambda op: (-largest[op], op))
+    if not ops:
+        return None
+    shares = []
+    for name, by in op_s.items():
+        total = sum(by.values()) or 1.0
+        shares.append(f"{name} " + ", ".join(f"{op} {share(by[op] / total)} %" for op in ops if by.get(op)))
+    alt = f"Time by Op. {'; '.join(shares)}."
+    return _stacked("time_by_op", f"{title}: time by Op", "Time by Op", alt, op_s, ops, unit, caption)
+
+
+def ledger_bars(ledgers: Mapping[str, Sequence[LedgerLine | LedgerEntry]], title: str) -> Chart | None:
+    """A bar for each name, parted by the lines of its ledger, in GiB per GPU. None where there is no ledger."""
+    # Lines that only inform (of no bytes, or "free") take no room in the bar.
+    sizes = {
+        name: {line.name: line.num_bytes / GIB for line in ledger if line.num_bytes > 0} for name, ledger in ledgers.items()
+    }
+    lines = list(dict.fromkeys(line for by in sizes.values() for line in by))
+    if not lines:
+        return None
+    parts = (f"{name} " + ", ".join(f"{line} {by[line]:.3g} GiB" for line in by) for name, by in sizes.items())
+    alt = f"GPU memory. {'; '.join(parts)}."
+    caption = "GiB on each GPU, as the engine's start-up log would give them."
+    return _stacked("memory", f"{title}: GPU memory", "GPU memory", alt, sizes, lines, "GiB per GPU", caption)
+
+
+def _stacked(
+    name: str, title: str, panel_title: str, alt: str, values: Mapping[str, Mapping[str, float]], parts: Sequence[str],
+    unit: str, caption: str,
+) -> Chart:  # fmt: skip
+    entries = tuple(
+        Entry(part, OP_COLOURS[i % len(OP_COLOURS)], "//" if i >= len(OP_COLOURS) else "-", "bar") for i, part in enumerate(parts)
+    )
+    panel = Panel(panel_title, alt, _draw_stacked(values, entries, unit), 0.7 + ROW_IN * len(values))
+    return Chart(name, title, (panel,), entries, f"{caption} Numbers: share of the row's own total, %.", columns=1)
+
+
+def _draw_stacked(values: Mapping[str, Mapping[str, float]], entries: Sequence[Entry], unit: str) -> Callable[[Axes], None]:
+    def draw(axis: Axes) -> None:
+        places, left = np.arange(len(values)), np.zeros(len(values))
+        totals = np.array([sum(by.values()) for by in values.values()])
+        for i, entry in enumerate(entries):
+            width = np.array([by.get(entry.label, 0.0) for by in values.values()])
+            hatch = entry.dashes if entry.dashes == "//" else None
+            axis.barh(
+                places, width, left=left, height=BAR_HEIGHT, color=entry.colour, hatch=hatch, edgecolor=PAPER, linewidth=0.8
+            )
+            for place in np.flatnonzero(width > LABELLED_FRAC * totals.max()):
+                axis.text(
+                    left[place] + width[place] / 2, place, percent(width[place], totals[place]), ha="center", va="center",
+                    fontsize=7.5, color=ink_on(entry.colour), gid=f"{LABEL_ON}{i % len(OP_COLOURS) + 1}",
+                )  # fmt: skip
+            left += width
+        row_labels(axis, values)
+        axis.set_xlim(0, max(float(totals.max()), 1e-12))
+        axis.set_xlabel(unit)
+        axis.grid(axis="y", visible=False)
+        axis.grid(axis="x", color=GRID)
+
+    return draw
+
+
+def row_labels(axis: Axes, names: Collection[str]) -> None:
+    """Each name above its bar, so that long names cost no width; the first row at the top."""
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    axis.set_ylim(len(names) - 0.6, -0.85)
+    for place, name in enumerate(names):
+        axis.text(0, place - 0.3, literal(name), ha="left", va="bottom", fontsize=8.5, transform=axis.transData)
