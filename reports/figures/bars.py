@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvsim.reports.figures.chart import GRID, OP_COLOURS, PAPER, Chart, Entry, Panel, ink_on, literal
+from kvsim.reports.figures.chart import GRID, OP_COLOURS, PAPER, SOFT, Chart, Entry, Panel, ink_on, literal
 from kvsim.reports.figures.inline import LABEL_ON
 from kvsim.reports.formats import percent, share
 from kvsim.units import GIB
@@ -23,6 +23,8 @@ ROW_IN = 0.44
 LABELLED_FRAC = 0.075
 """Of the longest bar: narrower parts have no room for their share."""
 BAR_HEIGHT = 0.42
+WHOLE = "GPU memory"
+"""The ledger's first line: what there is."""
 
 
 def op_bars(op_s: Mapping[str, Mapping[str, float]], title: str, unit: str, caption: str) -> Chart | None:
@@ -41,34 +43,47 @@ def op_bars(op_s: Mapping[str, Mapping[str, float]], title: str, unit: str, capt
 
 def ledger_bars(ledgers: Mapping[str, Sequence[LedgerLine | LedgerEntry]], title: str) -> Chart | None:
     """A bar for each name, parted by the lines of its ledger, in GiB per GPU. None where there is no ledger."""
-    # Lines that only inform (of no bytes, or "free") take no room in the bar.
     sizes = {
-        name: {line.name: line.num_bytes / GIB for line in ledger if line.num_bytes > 0} for name, ledger in ledgers.items()
+        name: {line.name: line.num_bytes / GIB for line in ledger if line.num_bytes > 0 and is_part(line.name)}
+        for name, ledger in ledgers.items()
     }
+    wholes = {name: line.num_bytes / GIB for name, ledger in ledgers.items() for line in ledger if line.name == WHOLE}
     lines = list(dict.fromkeys(line for by in sizes.values() for line in by))
     if not lines:
         return None
     parts = (f"{name} " + ", ".join(f"{line} {by[line]:.3g} GiB" for line in by) for name, by in sizes.items())
     alt = f"GPU memory. {'; '.join(parts)}."
     caption = "GiB on each GPU, as the engine's start-up log would give them."
-    return _stacked("memory", f"{title}: GPU memory", "GPU memory", alt, sizes, lines, "GiB per GPU", caption)
+    if wholes:
+        caption += " The outline is what the GPU has."
+    return _stacked("memory", f"{title}: GPU memory", "GPU memory", alt, sizes, lines, "GiB per GPU", caption, wholes)
+
+
+def is_part(line: str) -> bool:
+    """Whether a line of the ledger adds to the others; the rest are what there is, and what a line is made of."""
+    return line not in (WHOLE, "engine's share") and not line.startswith("of which")
 
 
 def _stacked(
     name: str, title: str, panel_title: str, alt: str, values: Mapping[str, Mapping[str, float]], parts: Sequence[str],
-    unit: str, caption: str,
+    unit: str, caption: str, wholes: Mapping[str, float] | None = None,
 ) -> Chart:  # fmt: skip
     entries = tuple(
         Entry(part, OP_COLOURS[i % len(OP_COLOURS)], "//" if i >= len(OP_COLOURS) else "-", "bar") for i, part in enumerate(parts)
     )
-    panel = Panel(panel_title, alt, _draw_stacked(values, entries, unit), 0.7 + ROW_IN * len(values))
+    draw = _draw_stacked(values, entries, unit, wholes or {})
+    panel = Panel(panel_title, alt, draw, 0.7 + ROW_IN * len(values))
     return Chart(name, title, (panel,), entries, f"{caption} Numbers: share of the row's own total, %.", columns=1)
 
 
-def _draw_stacked(values: Mapping[str, Mapping[str, float]], entries: Sequence[Entry], unit: str) -> Callable[[Axes], None]:
+def _draw_stacked(
+    values: Mapping[str, Mapping[str, float]], entries: Sequence[Entry], unit: str, wholes: Mapping[str, float]
+) -> Callable[[Axes], None]:
     def draw(axis: Axes) -> None:
         places, left = np.arange(len(values)), np.zeros(len(values))
         totals = np.array([sum(by.values()) for by in values.values()])
+        outlines = np.array([wholes.get(name, 0.0) for name in values])
+        axis.barh(places, outlines, height=BAR_HEIGHT, color="none", edgecolor=SOFT, linewidth=0.7)
         for i, entry in enumerate(entries):
             width = np.array([by.get(entry.label, 0.0) for by in values.values()])
             hatch = entry.dashes if entry.dashes == "//" else None
@@ -82,7 +97,7 @@ def _draw_stacked(values: Mapping[str, Mapping[str, float]], entries: Sequence[E
                 )  # fmt: skip
             left += width
         row_labels(axis, values)
-        axis.set_xlim(0, max(float(totals.max()), 1e-12))
+        axis.set_xlim(0, max(float(totals.max()), float(outlines.max()), 1e-12))
         axis.set_xlabel(unit)
         axis.grid(axis="y", visible=False)
         axis.grid(axis="x", color=GRID)
