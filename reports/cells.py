@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvsim.reports.formats import factor, number, share, size
+from kvsim.reports.formats import factor, number, share
 
 
 class Column(NamedTuple):
@@ -76,10 +76,6 @@ def times(value: float | None, mark: str = "") -> Cell:
 def portion(value_frac: float | None) -> Cell:
     """In percent; the unit stands in the head."""
     return MISSING if value_frac is None or not math.isfinite(value_frac) else Cell(share(value_frac), float(value_frac))
-
-
-def memory_size(num_bytes: float) -> Cell:
-    return MISSING if not math.isfinite(num_bytes) else Cell(size(num_bytes), float(num_bytes))
 
 
 def head_of(column: Column) -> str:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from kvsim.reports.cells import Table
-
-if TYPE_CHECKING:
-    from kvsim.reports.figures.chart import Chart
-
-    Part: TypeAlias = "Prose | Table | Chart | Code"
+from kvsim.reports.figures.chart import Chart
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,9 @@ class Code:
     folded: bool = False
     copy: bool = True
     kind: str = field(default="code", init=False)
+
+
+Part: TypeAlias = Prose | Table | Chart | Code
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class Report:
     def charts(self) -> Iterator[Chart]:
         for section in self.sections:
             for part in section.parts:
-                if part.kind == "chart":
-                    yield part  # type: ignore[misc]
+                if isinstance(part, Chart):
+                    yield part
 
 
 def section(slug: str, title: str, *parts: Part | None) -> Iterator[Section]:

@@ -17,7 +17,7 @@ from kvsim.result import Result
 
 CSV_NAME = "policies.csv"
 NO_REQUESTS = "The folder holds no requests.csv or requests.parquet, so latencies are not drawn."
-NO_TIMELINE = "The folder holds no timeline.csv, so nothing over time is drawn; `kvsim run --out` writes one."
+NO_TIMELINE = "The folder holds no timeline.csv, so nothing over time is drawn."
 
 
 def run_report(run: SavedRun, *, charts: bool = True) -> Report:
@@ -90,8 +90,10 @@ def _sections(run: SavedRun, with_charts: bool) -> Iterator[Section]:
     yield from section("gains", "Gains", run_tables.gains(result), drawn.get("gains"), run_tables.bands(result))
     missing = with_charts and run.bins is None
     yield from section("over-time", "Over time", drawn.get("over_time"), Prose((NO_TIMELINE,)) if missing else None)
-    yield from section("time", "Where the time goes", drawn.get("time_by_op"), run_tables.time_shares(result))
-    yield from section("memory", "Where the memory goes", drawn.get("memory"), run_tables.ledger(result))
+    yield from section(
+        "time-and-memory", "Where time and memory go", drawn.get("time_by_op"), drawn.get("memory"),
+        run_tables.time_shares(result), run_tables.ledger(result),
+    )  # fmt: skip
     yield from section("basis", "What the numbers rest on", _origins(result), run_tables.basis(result), _notes(result))
     yield from section("provenance", "How to make it again", *provenance(result.scenario, result.versions))
 

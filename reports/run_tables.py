@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from kvsim.metrics import Distribution
-from kvsim.reports.cells import Cell, Column, Table, count, memory_size, portion, quantity, text, times
+from kvsim.reports.cells import Cell, Column, Table, count, portion, quantity, text, times
 from kvsim.reports.compare import GAIN_LABELS, BasisRow, gains_over_baseline, merged_basis, op_shares
-from kvsim.reports.formats import number, time_unit
+from kvsim.reports.formats import number, size_unit, time_unit
 from kvsim.reports.verdict import is_overloaded
 from kvsim.result import Band, PolicyResult, Result
 
@@ -29,7 +29,7 @@ def latency(result: Result) -> Table:
         unit, scale = time_unit(pick(policy).p50_s for policy in result.policies.values())
         for name in ("p50", "p90", "p99"):
             columns.append((Column(f"{label} {name}", unit, note=meaning), _statistic(pick, f"{name}_s", scale)))
-    return by_policy("latency", "Latency", result, columns, _overload_caption(result))
+    return by_policy("latency", "Percentiles", result, columns, _overload_caption(result))
 
 
 def means(result: Result) -> Table:
@@ -47,12 +47,13 @@ def means(result: Result) -> Table:
 
 
 def capacity(result: Result) -> Table:
+    unit, scale = size_unit(p.kv_bytes_per_sequence for p in result.policies.values())
     columns: list[tuple[Column, Pick]] = [
         (Column("output", "tokens/s"), lambda p: quantity(p.summary.output_tokens_per_s)),
         (Column("served", "requests/s"), lambda p: quantity(p.summary.requests_per_s)),
         (Column("batch, mean", note="sequences that decode together"), lambda p: quantity(p.summary.mean_decode_batch_sequences)),
         (Column("batch, max"), lambda p: count(p.summary.max_decode_batch_sequences)),
-        (Column("KV per sequence", "per GPU"), lambda p: memory_size(p.kv_bytes_per_sequence)),
+        (Column("KV per sequence", unit, note="on each GPU"), lambda p: quantity(p.kv_bytes_per_sequence, scale)),
         (Column("peak KV", "% of pool"), lambda p: portion(p.summary.peak_held_units / p.pool_units if p.pool_units else None)),
         (Column("busy", "%"), lambda p: portion(p.summary.utilisation_frac)),
         (Column("preemptions"), lambda p: count(p.summary.num_preemptions)),
@@ -61,7 +62,7 @@ def capacity(result: Result) -> Table:
         note = "requests within every limit of the SLO"
         columns.append((Column("goodput", "%", note=note), lambda p: portion(p.summary.goodput_frac)))
         columns.append((Column("goodput", "requests/s", note=note), lambda p: quantity(p.summary.goodput_requests_per_s)))
-    return by_policy("capacity", "Capacity", result, columns)
+    return by_policy("capacity", "Throughput, batch and memory", result, columns)
 
 
 def gains(result: Result) -> Table | None:
@@ -98,7 +99,7 @@ def slo(result: Result) -> Table | None:
 
         label = " ".join(part.upper() if i == 0 else part for i, part in enumerate(key.removesuffix("_s").split("_")))
         columns += [(Column(label, unit), value), (Column(f"limit {number(limit_s / scale)} {unit}"), verdict)]
-    return by_policy("slo", "SLO", result, columns) if columns else None
+    return by_policy("slo", "Limits of the SLO", result, columns) if columns else None
 
 
 def bands(result: Result) -> Table | None:
@@ -123,15 +124,19 @@ def bands(result: Result) -> Table | None:
 
 
 def time_shares(result: Result) -> Table | None:
-    shares = {name: op_shares(policy) for name, policy in result.policies.items()}
+    return share_table({name: op_shares(policy) for name, policy in result.policies.items()}, "policy")
+
+
+def share_table(shares: Mapping[str, Mapping[str, float]], owner: str) -> Table | None:
+    """A row for each Op, a column for each name; the Op that is largest anywhere first."""
     largest: dict[str, float] = {}
     for by_op in shares.values():
         for op, part in by_op.items():
             largest[op] = max(largest.get(op, 0.0), part)
     ops = sorted(largest, key=lambda op: (-largest[op], op))
-    columns = [(Column(op, "%"), lambda policy, op=op: portion(shares[policy.name].get(op))) for op in ops]
-    caption = "Share of each policy's own device time."
-    return by_policy("time_shares", "Device time by Op", result, columns, caption) if columns else None
+    rows = tuple((text(op), *(portion(by_op.get(op)) for by_op in shares.values())) for op in ops)
+    columns = (Column("Op"), *(Column(name, "%") for name in shares))
+    return Table("time_shares", "Time by Op", columns, rows, f"Share of each {owner}'s own device time.") if rows else None
 
 
 def ledger(result: Result) -> Table:
@@ -140,10 +145,11 @@ def ledger(result: Result) -> Table:
     for name, policy in result.policies.items():
         for line in policy.ledger:
             named.setdefault((line.name, line.num_bytes, line.note), []).append(name)
+    unit, scale = size_unit(num_bytes for _, num_bytes, _ in named)
     rows = tuple(
-        (text(line), memory_size(num_bytes), text(_who(names, result)), text(note)) for (line, num_bytes, note), names in named.items()
+        (text(line), quantity(num_bytes, scale), text(_who(names, result)), text(note)) for (line, num_bytes, note), names in named.items()
     )
-    columns = (Column("line"), Column("size", "per GPU"), Column("policies", prose=True), Column("where it comes from", prose=True))
+    columns = (Column("line"), Column("on each GPU", unit), Column("policies", prose=True), Column("where it comes from", prose=True))
     return Table("ledger", "GPU memory, line by line", columns, rows)
 
 

@@ -15,12 +15,11 @@ from kvsim.errors import InputError
 from kvsim.metrics import Summary
 from kvsim.planning.result import PlanResult
 from kvsim.recording import RunLog
+from kvsim.reports.names import PLAN_FILE, REQUEST_FILES, RUN_FILE, TIMELINE_FILE
 from kvsim.reports.requests_file import read_requests
 from kvsim.reports.timeline_file import Bins, bins_of, read_timeline
 from kvsim.result import Bands, Basis, LedgerLine, PolicyResult, Result
 
-PLAN_FILE, RUN_FILE, TIMELINE_FILE = "plan.json", "summary.json", "timeline.csv"
-REQUEST_FILES = ("requests.csv", "requests.parquet")
 SCHEMA_VERSION = 1
 """Of summary.json; plan.json has that of PlanResult."""
 NAN = float("nan")

@@ -8,18 +8,10 @@ from pathlib import Path
 
 from kvsim.reports.cells import markdown_table, markdown_text
 from kvsim.reports.folder import all_or_nothing
+from kvsim.reports.names import PAIR_NAMES, PLAN_NAMES, RUN_NAMES
 from kvsim.reports.report import Code, Report
 
-RUN_CHARTS = ("latency_cdf", "over_time", "time_by_op", "memory", "gains")
-PLAN_CHARTS = ("pareto", "load", "time_by_op", "memory", "sensitivity")
-PAIR_CHARTS = ("compare_latency", "compare_change")
-RUN_NAMES = ("report.html", "report.md", "policies.csv", *(f"{name}.{kind}" for name in RUN_CHARTS for kind in ("png", "svg")))
-PLAN_NAMES = (
-    "report.html", "report.md", "options.csv", "probes.csv", *(f"{name}.{kind}" for name in PLAN_CHARTS for kind in ("png", "svg"))
-)  # fmt: skip
-PAIR_NAMES = ("compare.html", "compare.md", "compare.csv", *(f"{name}.{kind}" for name in PAIR_CHARTS for kind in ("png", "svg")))
 NAMES = {"run": RUN_NAMES, "plan": PLAN_NAMES, "pair": PAIR_NAMES}
-"""Every file that a report of a kind may write; those of an earlier one that it does not write are removed."""
 
 
 def write_report(report: Report, kind: str, out_dir: str | os.PathLike[str]) -> list[Path]:

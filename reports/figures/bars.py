@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvsim.reports.figures.chart import GRID, OP_COLOURS, PAPER, SOFT, Chart, Entry, Panel, ink_on, literal
+from kvsim.reports.figures.chart import GRID, OP_COLOURS, OTHER_COLOUR, PAPER, SOFT, Chart, Entry, Panel, ink_on, literal
 from kvsim.reports.figures.inline import LABEL_ON
-from kvsim.reports.formats import percent, share
+from kvsim.reports.formats import listed, percent, share
 from kvsim.units import GIB
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 ROW_IN = 0.44
 """Height of a row: a line of text and a bar under it."""
-LABELLED_FRAC = 0.075
+OTHER = "other"
+LABELLED_FRAC = 0.085
 """Of the longest bar: narrower parts have no room for their share."""
 BAR_HEIGHT = 0.42
 WHOLE = "GPU memory"
@@ -68,8 +69,17 @@ def _stacked(
     name: str, title: str, panel_title: str, alt: str, values: Mapping[str, Mapping[str, float]], parts: Sequence[str],
     unit: str, caption: str, wholes: Mapping[str, float] | None = None,
 ) -> Chart:  # fmt: skip
+    if len(parts) > len(OP_COLOURS):
+        rest = parts[len(OP_COLOURS) :]
+        parts = parts[: len(OP_COLOURS)]
+        values = {
+            row: {part: by[part] for part in parts if part in by} | {OTHER: sum(by.get(part, 0.0) for part in rest)}
+            for row, by in values.items()
+        }
+        caption += f" {OTHER.capitalize()}: {listed(rest)}."
     entries = tuple(
-        Entry(part, OP_COLOURS[i % len(OP_COLOURS)], "//" if i >= len(OP_COLOURS) else "-", "bar") for i, part in enumerate(parts)
+        Entry(part, (*OP_COLOURS, OTHER_COLOUR)[i], kind="bar")
+        for i, part in enumerate((*parts, OTHER) if any(OTHER in by for by in values.values()) else parts)
     )
     draw = _draw_stacked(values, entries, unit, wholes or {})
     panel = Panel(panel_title, alt, draw, 0.7 + ROW_IN * len(values))
@@ -86,14 +96,11 @@ def _draw_stacked(
         axis.barh(places, outlines, height=BAR_HEIGHT, color="none", edgecolor=SOFT, linewidth=0.7)
         for i, entry in enumerate(entries):
             width = np.array([by.get(entry.label, 0.0) for by in values.values()])
-            hatch = entry.dashes if entry.dashes == "//" else None
-            axis.barh(
-                places, width, left=left, height=BAR_HEIGHT, color=entry.colour, hatch=hatch, edgecolor=PAPER, linewidth=0.8
-            )
+            axis.barh(places, width, left=left, height=BAR_HEIGHT, color=entry.colour, edgecolor=PAPER, linewidth=0.8)
             for place in np.flatnonzero(width > LABELLED_FRAC * totals.max()):
                 axis.text(
                     left[place] + width[place] / 2, place, percent(width[place], totals[place]), ha="center", va="center",
-                    fontsize=7.5, color=ink_on(entry.colour), gid=f"{LABEL_ON}{i % len(OP_COLOURS) + 1}",
+                    fontsize=7.5, color=ink_on(entry.colour), gid=f"{LABEL_ON}{i + 1}",
                 )  # fmt: skip
             left += width
         row_labels(axis, values)
@@ -105,10 +112,12 @@ def _draw_stacked(
     return draw
 
 
-def row_labels(axis: Axes, names: Collection[str]) -> None:
-    """Each name above its bar, so that long names cost no width; the first row at the top."""
+def row_labels(axis: Axes, names: Collection[str], values: Sequence[str] = ()) -> None:
+    """Each name above its bar, so that long names cost no width, and its value at the right; the first row at the top."""
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
     axis.set_ylim(len(names) - 0.6, -0.85)
     for place, name in enumerate(names):
-        axis.text(0, place - 0.3, literal(name), ha="left", va="bottom", fontsize=8.5, transform=axis.transData)
+        axis.text(0, place - 0.28, literal(name), va="bottom", fontsize=8.5, transform=axis.get_yaxis_transform())
+    for place, value in enumerate(values):
+        axis.text(1, place - 0.28, value, ha="right", va="bottom", fontsize=8.5, transform=axis.get_yaxis_transform())

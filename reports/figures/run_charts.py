@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvsim.reports.compare import GAIN_LABELS, gains_over_baseline
-from kvsim.reports.figures.bars import ledger_bars, op_bars
-from kvsim.reports.figures.chart import BASELINE_COLOUR, DASHES, GRID, PALETTE, SOFT, Chart, Entry, Panel
+from kvsim.reports.figures.bars import ledger_bars, op_bars, row_labels
+from kvsim.reports.figures.chart import BASELINE_COLOUR, DASHES, PALETTE, SOFT, Chart, Entry, Panel
 from kvsim.reports.files import request_columns
 from kvsim.reports.formats import factor
 from kvsim.reports.saved import SavedRun
@@ -27,7 +27,7 @@ OVER_TIME = {
     "kv_pool_frac": ("KV pool in use, %", 100.0),
 }
 MAX_CDF_POINTS = 300
-LOG_SPREAD = 20
+LOG_SPREAD, MANY_DECADES = 20, 300
 
 
 def run_charts(run: SavedRun) -> dict[str, Chart]:
@@ -73,13 +73,22 @@ def _cdf(values_s: Mapping[str, np.ndarray], limits_s: Mapping[str, float], entr
             axis.text(limit, 3, f" SLO {statistic}", color=SOFT, fontsize=8, rotation=90, va="bottom")
             extremes.append(limit)
         if extremes and min(extremes) > 0 and max(extremes) > LOG_SPREAD * min(extremes):
-            axis.set_xscale("log")
-            axis.xaxis.set_major_formatter("{x:g}")
+            log_ticks(axis, max(extremes) / min(extremes))
         axis.set_xlabel("seconds")
         axis.set_ylabel("% of requests")
         axis.set_ylim(0, 101)
 
     return draw
+
+
+def log_ticks(axis: Axes, spread: float) -> None:
+    """A logarithmic x axis with plain numbers, at 1, 2 and 5 where there is room for them."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < MANY_DECADES else (1,)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _cdf_places(num_values: int) -> np.ndarray:
@@ -136,7 +145,7 @@ def gain_chart(run: SavedRun) -> Chart | None:
         values = {name: row[key] for name, row in table.items()}
         doubtful = waits and key in ("ttft_x", "e2e_x")
         shown = ", ".join(f"{name} {factor(value)}" for name, value in values.items())
-        height_in = 0.75 + 0.36 * len(values)
+        height_in = 0.55 + 0.36 * len(values)
         alt = f"{label}, factors over {result.baseline}: {shown}."
         panels.append(Panel(label + (" *" if doubtful else ""), alt, _gain_bars(values), height_in))
     caption = f"Factors over {result.baseline}; above 1 is better. The line marks 1."
@@ -146,19 +155,16 @@ def gain_chart(run: SavedRun) -> Chart | None:
 
 
 def _gain_bars(values: Mapping[str, float]) -> Callable[[Axes], None]:
-    from kvsim.reports.figures.bars import row_labels
+    """Bars from 1, to the right where the policy is better."""
 
     def draw(axis: Axes) -> None:
-        lengths = np.array([value if np.isfinite(value) else 0.0 for value in values.values()])
-        places = np.arange(len(lengths))
-        axis.barh(places, lengths, height=0.34, color=PALETTE[0])
-        row_labels(axis, values)
-        for place, value in zip(places, values.values(), strict=True):
-            axis.text(max(value, 0) if np.isfinite(value) else 0, place, f" {factor(value)}", va="center", fontsize=8.5)
+        lengths = np.array([value - 1 if np.isfinite(value) else 0.0 for value in values.values()])
+        axis.barh(np.arange(len(lengths)), lengths, left=1, height=0.34, color=PALETTE[0])
+        row_labels(axis, values, [factor(value) for value in values.values()])
         axis.axvline(1, color=BASELINE_COLOUR, linewidth=0.9)
-        axis.set_xlim(0, max(1.0, float(lengths.max())) * 1.2)
+        margin = max(0.05 * float(np.ptp(np.append(lengths, 0.0))), 0.02)
+        axis.set_xlim(1 + min(float(lengths.min()), 0) - margin, 1 + max(float(lengths.max()), 0) + margin)
         axis.grid(axis="y", visible=False)
-        axis.grid(axis="x", color=GRID)
 
     return draw
 

@@ -16,9 +16,9 @@ from markupsafe import Markup
 from kvsim.reports.cells import Cell, Table
 from kvsim.reports.figures.chart import Chart, Entry, printable
 from kvsim.reports.figures.inline import VARIABLES
-from kvsim.reports.report import Report
+from kvsim.reports.report import Part, Report, Section
 
-SWATCH_DASHES = {"-": "", "--": "5 3", ":": "1.5 2", "-.": "6 2 1.5 2", "//": ""}
+SWATCH_DASHES = {"-": "", "--": "5 3", ":": "1.5 2", "-.": "6 2 1.5 2"}
 
 
 class InlinePanel(NamedTuple):
@@ -46,6 +46,19 @@ def panels(chart: Chart) -> Iterator[InlinePanel]:
         yield InlinePanel(panel.title, Markup(inline_svg(panel, f"{chart.name}-{i}")))
 
 
+def rows(section: Section) -> list[list[Part]]:
+    """A section's parts; charts of one panel that follow each other stand side by side."""
+    groups: list[list[Part]] = []
+    for part in section.parts:
+        small = isinstance(part, Chart) and len(part.panels) == 1
+        before = groups[-1][-1] if groups else None
+        if small and isinstance(before, Chart) and len(before.panels) == 1:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    return groups
+
+
 def sort_value(cell: Cell) -> str | None:
     """For the attribute that sorting reads; None where the cell says nothing."""
     if isinstance(cell.value, float):
@@ -68,7 +81,7 @@ def _environment() -> Environment:
         loader=PackageLoader("kvsim.reports.html"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, finalize=_printable,
     )  # fmt: skip
-    environment.globals |= {"panels": panels, "sort_value": sort_value, "swatch": swatch, "numeric": numeric, "newline": lambda: Markup("\n")}
+    environment.globals |= {"panels": panels, "rows": rows, "sort_value": sort_value, "swatch": swatch, "numeric": numeric, "newline": lambda: Markup("\n")}
     environment.filters["lines"] = lambda text: [printable(line) for line in text.splitlines()]
     return environment
 
