@@ -55,8 +55,8 @@ def run_facts(result: Result) -> Iterator[tuple[str, str]]:
     yield "Seed", str(result.seed)
 
 
-def traffic(scenario: Mapping[str, Any]) -> str | None:
-    """Of the workload block, in a few words; None where it holds neither arrivals nor a trace."""
+def traffic(scenario: Mapping[str, Any], *, rate: bool = True) -> str | None:
+    """Of the workload block, in a few words; None where it holds neither arrivals nor a trace. rate=False: but for the rate."""
     workload = scenario.get("workload")
     if not isinstance(workload, Mapping):
         return None
@@ -65,8 +65,9 @@ def traffic(scenario: Mapping[str, Any]) -> str | None:
         return f"trace {trace.get('path')}"
     if not isinstance(arrivals, Mapping):
         return None
-    rate = arrivals.get("rate_per_s")
-    words = [str(arrivals.get("kind")), *([f"{rate:g} requests/s"] if isinstance(rate, (int, float)) else [])]
+    words, per_s = [str(arrivals.get("kind"))], arrivals.get("rate_per_s")
+    if rate and isinstance(per_s, (int, float)):
+        words.append(f"{per_s:g} requests/s")
     if isinstance(lengths, Mapping):
         sizes = [lengths.get(f"{part}_mean_tokens", lengths.get(f"{part}_tokens")) for part in ("prompt", "output")]
         if all(isinstance(size, (int, float)) for size in sizes):

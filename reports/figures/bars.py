@@ -42,7 +42,7 @@ def op_bars(op_s: Mapping[str, Mapping[str, float]], title: str, unit: str, capt
     return _stacked("time_by_op", f"{title}: time by Op", "Time by Op", alt, op_s, ops, unit, caption)
 
 
-def ledger_bars(ledgers: Mapping[str, Sequence[LedgerLine | LedgerEntry]], title: str) -> Chart | None:
+def ledger_bars(ledgers: Mapping[str, Sequence[LedgerLine | LedgerEntry]], title: str, more: str = "") -> Chart | None:
     """A bar for each name, parted by the lines of its ledger, in GiB per GPU. None where there is no ledger."""
     sizes = {
         name: {line.name: line.num_bytes / GIB for line in ledger if line.num_bytes > 0 and is_part(line.name)}
@@ -57,7 +57,7 @@ def ledger_bars(ledgers: Mapping[str, Sequence[LedgerLine | LedgerEntry]], title
     caption = "GiB on each GPU, as the engine's start-up log would give them."
     if wholes:
         caption += " The outline is what the GPU has."
-    return _stacked("memory", f"{title}: GPU memory", "GPU memory", alt, sizes, lines, "GiB per GPU", caption, wholes)
+    return _stacked("memory", f"{title}: GPU memory", "GPU memory", alt, sizes, lines, "GiB per GPU", caption + more, wholes)
 
 
 def is_part(line: str) -> bool:
