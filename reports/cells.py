@@ -44,9 +44,9 @@ class Table:
         assert all(len(row) == len(self.columns) for row in self.rows), self.name
 
     def is_numeric(self, column: int) -> bool:
-        """Whether every cell that says anything is a number."""
+        """Whether every cell that says anything is a number; never the first column, which names the row."""
         values = [row[column].value for row in self.rows if row[column].value is not None]
-        return bool(values) and all(isinstance(value, float) for value in values)
+        return column > 0 and bool(values) and all(isinstance(value, float) for value in values)
 
 
 MISSING = Cell("-")

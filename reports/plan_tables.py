@@ -8,8 +8,8 @@ from kvsim.planning.result import Option, PlanResult, Probe
 from kvsim.reports.cells import Cell, Column, Table, count, portion, quantity, text
 from kvsim.reports.compare import BasisRow
 from kvsim.reports.formats import number, size_unit, time_unit
-from kvsim.reports.plan_values import BINDS, deployable, latency_at_load, load_per_replica, refused, slo_label
-from kvsim.reports.run_tables import basis_table, share_table
+from kvsim.reports.plan_values import BINDS, deployable, latency_at_load, load_per_replica, price_label, refused, slo_label
+from kvsim.reports.run_tables import basis_table, ranked_ops
 
 Pick = Callable[[Option], Cell]
 
@@ -32,7 +32,7 @@ def ranking(plan: PlanResult) -> Table | None:
         (Column("binds", note="what stops a higher rate"), lambda o: text(BINDS.get(o.binds or "", o.binds))),
     ]  # fmt: skip
     caption = "Latency at the target load, spread over the replicas. Published quality is another experiment's: see below."
-    return _by_option("ranking", "Ranking", deployable(plan), columns, caption)
+    return _by_option("ranking", f"By {price_label(plan)}", deployable(plan), columns, caption)
 
 
 def _latency(plan: PlanResult, key: str, scale: float) -> Pick:
@@ -114,7 +114,12 @@ def _probes(plan: PlanResult) -> Iterator[tuple[Option, Probe]]:
 
 
 def time_shares(plan: PlanResult) -> Table | None:
-    return share_table({option.name: option.op_share_frac for option in deployable(plan) if option.op_share_frac}, "option")
+    shares = {option.name: option.op_share_frac for option in deployable(plan) if option.op_share_frac}
+    columns: list[tuple[Column, Pick]] = [
+        (Column(op, "%"), lambda o, op=op: portion(o.op_share_frac.get(op))) for op in ranked_ops(shares)
+    ]
+    caption = "Share of each option's own device time, at the rate found."
+    return _by_option("time_shares", "Time by Op", deployable(plan), columns, caption) if columns else None
 
 
 def ledger(plan: PlanResult) -> Table | None:
@@ -201,7 +206,7 @@ def probe_rows(plan: PlanResult) -> Iterator[dict[str, object]]:
 
 def slo_text(plan: PlanResult) -> str:
     parts = []
-    for key, limit_s in sorted(plan.slo.items()):
+    for key, limit_s in plan.slo.items():
         unit, scale = time_unit([limit_s])
         parts.append(f"{slo_label(key)} at most {number(limit_s / scale)} {unit}")
     return ", ".join(parts)

@@ -124,19 +124,20 @@ def bands(result: Result) -> Table | None:
 
 
 def time_shares(result: Result) -> Table | None:
-    return share_table({name: op_shares(policy) for name, policy in result.policies.items()}, "policy")
+    """A row for each Op, a column for each policy: Ops have the longer names."""
+    shares = {name: op_shares(policy) for name, policy in result.policies.items()}
+    rows = tuple((text(op), *(portion(by_op.get(op)) for by_op in shares.values())) for op in ranked_ops(shares))
+    columns = (Column("Op"), *(Column(name, "%") for name in shares))
+    return Table("time_shares", "Time by Op", columns, rows, "Share of each policy's own device time.") if rows else None
 
 
-def share_table(shares: Mapping[str, Mapping[str, float]], owner: str) -> Table | None:
-    """A row for each Op, a column for each name; the Op that is largest anywhere first."""
+def ranked_ops(shares: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The Op that is largest anywhere first."""
     largest: dict[str, float] = {}
     for by_op in shares.values():
         for op, part in by_op.items():
             largest[op] = max(largest.get(op, 0.0), part)
-    ops = sorted(largest, key=lambda op: (-largest[op], op))
-    rows = tuple((text(op), *(portion(by_op.get(op)) for by_op in shares.values())) for op in ops)
-    columns = (Column("Op"), *(Column(name, "%") for name in shares))
-    return Table("time_shares", "Time by Op", columns, rows, f"Share of each {owner}'s own device time.") if rows else None
+    return sorted(largest, key=lambda op: (-largest[op], op))
 
 
 def ledger(result: Result) -> Table:

@@ -42,7 +42,8 @@ def report(folder: str, out: str | None, no_plots: bool, quiet: bool) -> None:
 @click.option("-q", "--quiet", is_flag=True, help="Only the files of DIR.")
 def compare(a: str, b: str, out: str | None, no_plots: bool, quiet: bool) -> None:
     """Two runs side by side: A and B are folders that `kvsim run --out` wrote."""
-    from kvsim.reports.pair import Pair, pair_report, parts
+    from kvsim.reports.pair import Pair
+    from kvsim.reports.pair_report import pair_report, parts
     from kvsim.reports.saved import read_run
 
     pair = Pair.of(read_run(a), read_run(b), a, b)

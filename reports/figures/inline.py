@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 
-from kvsim.reports.figures.chart import BASELINE_COLOUR, GRID, OP_COLOURS, OTHER_COLOUR, PAPER, SOFT, TEXT, Panel, panel_svg, printable
+from kvsim.reports.figures import chart
+from kvsim.reports.figures.chart import Panel, panel_svg, printable
 
 VARIABLES = {
-    TEXT: "--ink", BASELINE_COLOUR: "--ink", SOFT: "--soft", GRID: "--grid", PAPER: "--paper",
-    **{colour: f"--series-{i}" for i, colour in enumerate((*OP_COLOURS, OTHER_COLOUR), start=1)},
+    chart.TEXT: "--ink", chart.BASELINE_COLOUR: "--ink", chart.SOFT: "--soft", chart.GRID: "--grid", chart.PAPER: "--paper",
+    **{colour: f"--series-{i}" for i, colour in enumerate((*chart.OP_COLOURS, chart.OTHER_COLOUR), start=1)},
 }  # fmt: skip
 """Which of the page's CSS variables stands in for a colour of the figures."""
 LABEL_ON = "label-on-"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvsim.reports.figures.chart import literal
+from kvsim.reports.figures.chart import PAPER, literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def place_labels(axis: Axes, points: Sequence[tuple[float, float]], labels: Sequ
         taken.append(box)
         axis.annotate(
             literal(label), point, ((box[0] + box[2]) / 2 - x, (box[1] + box[3]) / 2 - y), textcoords="offset points",
-            ha="center", va="center", fontsize=_SIZE, annotation_clip=False,
+            ha="center", va="center", fontsize=_SIZE, annotation_clip=False, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.4},
         )  # fmt: skip
 
 

@@ -144,7 +144,8 @@ def _load_lines(
                 axis.plot([operating], [y], "o", markersize=7, color=entry.colour, markerfacecolor="none")
         axis.axhline(limit_s / scale, color=SOFT, linewidth=0.9)
         # Far above the limit a line says no more than that it is missed.
-        axis.set_ylim(0, 2 * limit_s / scale)
+        highest = max((value for points in lines.values() for _, value in points), default=0.0)
+        axis.set_ylim(0, min(2 * limit_s, 1.15 * max(limit_s, highest)) / scale)
         axis.set_xlim(left=0)
         axis.set_xlabel("requests/s a replica")
         axis.set_ylabel(unit)

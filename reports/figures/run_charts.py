@@ -14,7 +14,7 @@ from kvsim.reports.files import request_columns
 from kvsim.reports.formats import factor
 from kvsim.reports.saved import SavedRun
 from kvsim.reports.verdict import is_overloaded
-from kvsim.result import Result
+from kvsim.result import PolicyResult, Result
 from kvsim.units import PS_PER_S, format_seconds
 
 if TYPE_CHECKING:
@@ -38,24 +38,29 @@ def run_charts(run: SavedRun) -> dict[str, Chart]:
 
 def latency_cdf(run: SavedRun) -> Chart | None:
     """Share of counted requests that are at least as fast; the SLO's limits as thin lines."""
-    return cdf_chart(run.result, legend(run.result), "latency_cdf") if run.has_requests else None
-
-
-def cdf_chart(result: Result, entries: Mapping[str, Entry], name: str) -> Chart:
-    columns = {name: request_columns(p.log, result.warmup_requests) for name, p in result.policies.items()}
-    panels = []
-    for metric, label in LATENCIES.items():
-        values_s = {}
-        for policy, table in columns.items():
-            kept = table[metric][(table["is_warmup"] == 0) & (table[metric] >= 0)]
-            if len(kept):
-                values_s[policy] = np.sort(kept) / PS_PER_S
-        limits_s = {key.split("_")[1]: limit for key, limit in result.slo.items() if key.split("_")[0] == metric}
-        medians = "; ".join(f"{policy} median {format_seconds(float(v[(len(v) - 1) // 2]))}" for policy, v in values_s.items())
-        alt = f"Share of requests by {label}, a line for each policy. {medians}."
-        panels.append(Panel(label, alt, _cdf(values_s, limits_s, entries)))
+    if not run.has_requests:
+        return None
+    result, entries = run.result, legend(run.result)
+    policies = {name: (policy, result.warmup_requests) for name, policy in result.policies.items()}
+    panels = tuple(cdf_panel(metric, label, policies, result.slo, entries) for metric, label in LATENCIES.items())
     caption = "The share of counted requests that took at most so long. Thin lines: limits of the SLO."
-    return Chart(name, f"{result.title}: latency", tuple(panels), tuple(entries.values()), caption)
+    return Chart("latency_cdf", f"{result.title}: latency", panels, tuple(entries.values()), caption)
+
+
+def cdf_panel(
+    metric: str, label: str, policies: Mapping[str, tuple[PolicyResult, int]], slo: Mapping[str, float], entries: Mapping[str, Entry]
+) -> Panel:
+    """policies: by the label of their line, with the number of warm-up requests that do not count."""
+    values_s = {}
+    for name, (policy, warmup_requests) in policies.items():
+        table = request_columns(policy.log, warmup_requests)
+        kept = table[metric][(table["is_warmup"] == 0) & (table[metric] >= 0)]
+        if len(kept):
+            values_s[name] = np.sort(kept) / PS_PER_S
+    limits_s = {key.split("_")[1]: limit for key, limit in slo.items() if key.split("_")[0] == metric}
+    medians = "; ".join(f"{name} median {format_seconds(float(v[(len(v) - 1) // 2]))}" for name, v in values_s.items())
+    alt = f"Share of requests by {label}, a line for each policy. {medians}."
+    return Panel(label, alt, _cdf(values_s, limits_s, entries))
 
 
 def _cdf(values_s: Mapping[str, np.ndarray], limits_s: Mapping[str, float], entries: Mapping[str, Entry]) -> Callable[[Axes], None]:

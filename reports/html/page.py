@@ -18,6 +18,8 @@ from kvsim.reports.figures.chart import Chart, Entry, printable
 from kvsim.reports.figures.inline import VARIABLES
 from kvsim.reports.report import Part, Report, Section
 
+FOLD_ROWS = 24
+"""Longer tables are closed until they are opened, or printed."""
 SWATCH_DASHES = {"-": "", "--": "5 3", ":": "1.5 2", "-.": "6 2 1.5 2"}
 
 
@@ -81,7 +83,10 @@ def _environment() -> Environment:
         loader=PackageLoader("kvsim.reports.html"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, finalize=_printable,
     )  # fmt: skip
-    environment.globals |= {"panels": panels, "rows": rows, "sort_value": sort_value, "swatch": swatch, "numeric": numeric, "newline": lambda: Markup("\n")}
+    environment.globals |= {
+        "fold_rows": FOLD_ROWS, "panels": panels, "rows": rows, "sort_value": sort_value, "swatch": swatch, "numeric": numeric,
+        "newline": lambda: Markup("\n"),
+    }  # fmt: skip
     environment.filters["lines"] = lambda text: [printable(line) for line in text.splitlines()]
     return environment
 

@@ -65,7 +65,9 @@ def make_option(gpu: str, tp: int, base_per_s: float, price: float | None, polic
                 ("mean output length", "190 tokens", "230 tokens", 0.08, 0.11), ("host work a step", "-30 %", "+30 %", 0.01, 0.01),
             )
         ),
-        flags=("vllm serve meta-llama/Llama-3.1-70B", "--tensor-parallel-size", str(tp), "--max-num-seqs", "256", "--kv-cache-dtype", "auto"),
+        flags=(
+            "vllm serve meta-llama/Llama-3.1-70B", "--tensor-parallel-size", str(tp), "--max-num-seqs", "256", "--kv-cache-dtype", "auto",
+        ),
         notes=("prefix caching is off: compressed blocks cannot be shared",) if policy.startswith("snapkv") else (),
     )  # fmt: skip
 
