@@ -23,7 +23,7 @@ def differences(pair: Pair) -> Table | None:
     keys = [key for key in dict.fromkeys([*flat[0], *flat[1]]) if flat[0].get(key) != flat[1].get(key)]
     rows = tuple((text(key), _value(flat[0], key), _value(flat[1], key)) for key in sorted(keys))
     columns = (Column("field"), Column(_side("A", pair.label_a), prose=True), Column(_side("B", pair.label_b), prose=True))
-    return Table("differences", "What differs", columns, rows) if rows else None
+    return Table("differences", "Fields that are not the same", columns, rows) if rows else None
 
 
 def _side(letter: str, label: str) -> str:

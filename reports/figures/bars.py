@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvsim.reports.figures.chart import GRID, OP_COLOURS, OTHER_COLOUR, PAPER, SOFT, Chart, Entry, Panel, ink_on, literal
+from kvsim.reports.figures.chart import OP_COLOURS, OTHER_COLOUR, PAPER, SOFT, Chart, Entry, Panel, ink_on, literal
 from kvsim.reports.figures.inline import LABEL_ON
 from kvsim.reports.formats import listed, percent, share
 from kvsim.units import GIB
@@ -106,8 +106,6 @@ def _draw_stacked(
         row_labels(axis, values)
         axis.set_xlim(0, max(float(totals.max()), float(outlines.max()), 1e-12))
         axis.set_xlabel(unit)
-        axis.grid(axis="y", visible=False)
-        axis.grid(axis="x", color=GRID)
 
     return draw
 
@@ -117,7 +115,13 @@ def row_labels(axis: Axes, names: Collection[str], values: Sequence[str] = ()) -
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
     axis.set_ylim(len(names) - 0.6, -0.85)
+    axis.grid(axis="y", visible=False)
+    # On paper of their own: the lines behind would run through them.
+    look: dict[str, Any] = {
+        "va": "bottom", "fontsize": 8.5, "transform": axis.get_yaxis_transform(), "zorder": 3,
+        "bbox": {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6},
+    }  # fmt: skip
     for place, name in enumerate(names):
-        axis.text(0, place - 0.28, literal(name), va="bottom", fontsize=8.5, transform=axis.get_yaxis_transform())
+        axis.text(0, place - 0.3, literal(name), **look)
     for place, value in enumerate(values):
-        axis.text(1, place - 0.28, value, ha="right", va="bottom", fontsize=8.5, transform=axis.get_yaxis_transform())
+        axis.text(1, place - 0.3, value, ha="right", **look)

@@ -50,7 +50,7 @@ def _bars(values: Mapping[str, float]) -> Callable[[Axes], None]:
         margin = max(0.05 * float(np.ptp(np.append(lengths, 0.0))), 1.0)
         axis.set_xlim(min(float(lengths.min()), 0) - margin, max(float(lengths.max()), 0) + margin)
         axis.set_xlabel("change, %")
-        axis.grid(axis="y", visible=False)
+        axis.locator_params(axis="x", nbins=5)
 
     return draw
 

@@ -193,7 +193,7 @@ def _tornado(rank: int, option: Option) -> Panel:
         axis.axvline(base, color=BASELINE_COLOUR, linewidth=0.9)
         axis.margins(x=0.06)
         axis.set_xlabel("requests/s a replica")
-        axis.grid(axis="y", visible=False)
+        axis.locator_params(axis="x", nbins=5)
 
     alt = "; ".join(f"{row.name}: {_span(row)} requests/s" for row in rows)
     return Panel(f"{rank}. {option.name}", f"Rate of {option.name}, {number(base)} requests/s: {alt}.", draw, 0.75 + 0.42 * len(rows))

@@ -169,7 +169,7 @@ def _gain_bars(values: Mapping[str, float]) -> Callable[[Axes], None]:
         axis.axvline(1, color=BASELINE_COLOUR, linewidth=0.9)
         margin = max(0.05 * float(np.ptp(np.append(lengths, 0.0))), 0.02)
         axis.set_xlim(1 + min(float(lengths.min()), 0) - margin, 1 + max(float(lengths.max()), 0) + margin)
-        axis.grid(axis="y", visible=False)
+        axis.locator_params(axis="x", nbins=5)
 
     return draw
 
