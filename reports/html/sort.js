@@ -48,9 +48,7 @@
       const selection = window.getSelection();
       selection.removeAllRanges();
       selection.addRange(range);
-      const done = document.execCommand("copy");
-      selection.removeAllRanges();
-      return done;
+      return document.execCommand("copy");
     }
   };
 
@@ -61,7 +59,7 @@
     button.textContent = "Copy";
     button.setAttribute("aria-live", "polite");
     button.addEventListener("click", async () => {
-      button.textContent = (await copy(listing.querySelector("code"))) ? "Copied" : "Select the text and copy it";
+      button.textContent = (await copy(listing.querySelector("code"))) ? "Copied" : "Selected: press Ctrl+C";
       setTimeout(() => { button.textContent = "Copy"; }, 2000);
     });
     listing.append(button);

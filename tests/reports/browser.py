@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_sh
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe")  # fmt: skip
 TIMEOUT_S = 30.0
+WRAPPER = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""The browser reads commands from descriptor 3 and writes to 4."""
 
 
 def find() -> str | None:
@@ -29,9 +38,8 @@ class Browser:
     def __init__(self, program: str, profile: Path) -> None:
         to_read, self._write = os.pipe()
         self._read, to_write = os.pipe()
-        # The browser reads commands from descriptor 3 and writes to 4.
-        script = f'exec 3<&{to_read} 4>&{to_write}; exec "$0" "$@"'
-        command = ["/bin/sh", "-c", script, program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        command = [sys.executable, "-c", WRAPPER, str(to_read), str(to_write)]
+        command += [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(
             command, pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -88,6 +96,14 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             extra = {"text": text} if text and kind == "keyDown" else {}
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **extra)
+
+    def click(self, selector: str) -> None:
+        """By mouse, on the middle of an element."""
+        script = f"(() => {{ const part = document.querySelector({json.dumps(selector)}); part.scrollIntoView(); "
+        script += "const box = part.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+        x, y = self.run(script)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def screenshot(self, path: Path) -> None:
         """The whole page."""

@@ -54,7 +54,7 @@ def test_latency_at_the_target_load_is_that_of_the_queue(plan: PlanResult) -> No
             assert at == pytest.approx(probe.latency_s["tpot_p99_s"])
         found = latency_at_load(plan, option, "tpot_p99_s")
         assert option.rate_per_s is not None and option.replicas is not None and found is not None
-        capacity = option.rate_per_s / min(1 - 0.02 / 0.05, 1)
+        capacity = option.probes[2].rate_per_s / option.probes[2].utilisation_frac
         truth = 0.02 / (1 - TARGET_PER_S / option.replicas / capacity)
         assert truth <= found * (1 + 1e-9) and found < 1.1 * truth
         assert found <= SLO["tpot_p99_s"]
