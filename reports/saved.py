@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from kvsim.errors import InputError
-from kvsim.metrics import Summary
+from kvsim.metrics import SLO_KEYS, Summary
 from kvsim.planning.result import PlanResult
 from kvsim.recording import RunLog
 from kvsim.reports.names import PLAN_FILE, REQUEST_FILES, RUN_FILE, TIMELINE_FILE
@@ -84,7 +84,9 @@ def _read_run(place: Path) -> SavedRun:
     path = place / RUN_FILE
     data = _object(path, SCHEMA_VERSION)
     names = data.get("policy_order")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+    policies = data.get("policies")
+    known = policies.keys() if isinstance(policies, dict) else ()
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names) or set(names) != set(known):
         raise InputError(f"{path}: policy_order", names, "must list the policies of the run", "run `kvsim run --out` again")
     order = tuple(names)
     requests = next((place / name for name in REQUEST_FILES if (place / name).exists()), None)
@@ -164,11 +166,8 @@ class _Run(_Loose):
 
 
 def _result(data: dict[str, Any], logs: Mapping[str, RunLog]) -> Result:
-    """Raises ValidationError. Mappings are in order of their keys, as the file has them."""
-    policies = data.get("policies")
-    if isinstance(policies, dict):
-        data = data | {"policies": {name: policies.get(name) for name in logs}}
-    run = _Run.model_validate(data)
+    """Raises ValidationError. Mappings are in order of their keys, as the file has them; the SLO as kvsim lists its limits."""
+    run = _Run.model_validate(data | {"policies": {name: data["policies"][name] for name in logs}})
     results = {
         name: PolicyResult(
             name, policy.description, policy.summary, logs[name], policy.ledger, policy.pool_units, policy.unit_bytes,
@@ -176,9 +175,10 @@ def _result(data: dict[str, Any], logs: Mapping[str, RunLog]) -> Result:
         )
         for name, policy in run.policies.items()
     }  # fmt: skip
+    slo = dict(sorted(run.slo.items(), key=lambda item: SLO_KEYS.index(item[0]) if item[0] in SLO_KEYS else len(SLO_KEYS)))
     bands = {name: policy.error_bands for name, policy in run.policies.items() if policy.error_bands is not None}
     return Result(
-        scenario=run.scenario, title=run.title, policies=results, versions=run.versions, seed=run.seed, slo=run.slo,
+        scenario=run.scenario, title=run.title, policies=results, versions=run.versions, seed=run.seed, slo=slo,
         warmup_requests=run.warmup_requests, bands=bands,
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ OVERFLOWS = """(() => {
   for (const part of document.querySelectorAll("body *")) {
     if (part.closest(".scroll, pre") && !part.matches(".scroll, pre")) continue;
     const box = part.getBoundingClientRect();
-    if (box.width && (box.right > wide + 0.5 || box.left < -0.5)) found.push([part.tagName, part.className.toString(), box.left, box.right]);
+    if (box.width && (box.right > wide + 0.5 || box.left < -0.5)) found.push([part.tagName, String(part.className), box.right]);
   }
   return found;
 })()"""
@@ -40,8 +40,10 @@ OVERLAPS = """(() => {
       if (across > 1.5 && along > 2.5) found.push([what, boxes[i][0].textContent.slice(0, 40), boxes[j][0].textContent.slice(0, 40)]);
     }
   };
-  for (const svg of document.querySelectorAll(".panel-svg")) check(svg.querySelector("title").textContent, [...svg.querySelectorAll("text")]);
-  for (const list of document.querySelectorAll("header, main, section, .panels, .facts, .legend, nav ul")) check(list.tagName, [...list.children]);
+  const all = (within, selector) => [...within.querySelectorAll(selector)];
+  all(document, ".panel-svg").forEach((svg) => check(svg.querySelector("title").textContent, all(svg, "text")));
+  const lists = "header, main, section, .panels, .facts, .legend, nav ul";
+  all(document, lists).forEach((list) => check(list.tagName, [...list.children]));
   for (const head of document.querySelectorAll("thead tr, tbody tr:first-child")) check("row", [...head.children].slice(1));
   return found;
 })()"""

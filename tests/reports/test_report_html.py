@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import html5lib
@@ -58,7 +59,7 @@ def test_the_markup_is_valid(pages: dict[str, str], kind: str) -> None:
             assert element.get("href")[1:] in ids
     assert [element.get("lang") for element in root.iter(f"{XHTML}html")] == ["en"]
     heads = [int(element.tag[-1]) for element in elements if re.fullmatch(rf"{re.escape(XHTML)}h[1-6]", str(element.tag))]
-    assert heads[0] == 1 and heads.count(1) == 1 and all(b <= a + 1 for a, b in zip(heads, heads[1:], strict=False))
+    assert heads[0] == 1 and heads.count(1) == 1 and all(b <= a + 1 for a, b in pairwise(heads))
 
 
 @pytest.mark.parametrize("kind", ["run", "plan", "pair"])
