@@ -14,6 +14,8 @@ from kvsim.reports.plan_values import deployable, refused
 from kvsim.reports.report import Code, Part, Prose, Report, Section, section
 from kvsim.reports.run_report import provenance, traffic
 
+MANY = 3
+"""More options than these are counted, not named."""
 NONE_DEPLOYABLE = "No option can be deployed as asked; the reasons stand below."
 
 
@@ -106,5 +108,11 @@ def _notes(plan: PlanResult) -> Prose | None:
             named.setdefault(note, []).append(option.name)
     lines = [*plan.notes]
     for note, names in named.items():
-        lines.append(f"{'All options' if len(names) == len(plan.options) > 1 else ', '.join(names)}: {note}")
+        lines.append(f"{_who(names, len(plan.options))}: {note}")
     return Prose(tuple(lines)) if lines else None
+
+
+def _who(names: list[str], num_options: int) -> str:
+    if len(names) == num_options > 1:
+        return "All options"
+    return ", ".join(names) if len(names) <= MANY else f"{len(names)} of {num_options} options, {names[0]} first"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from kvsim.planning.result import Option, PlanResult, Probe
+from kvsim.planning.result import Option, PlanResult, Probe, PublishedQuality
 from kvsim.reports.cells import Cell, Column, Table, count, portion, quantity, text
 from kvsim.reports.compare import BasisRow
 from kvsim.reports.formats import number, size_unit, time_unit
@@ -57,25 +57,27 @@ def configurations(plan: PlanResult) -> Table | None:
 
 
 def quality(plan: PlanResult) -> Table | None:
-    """Where the published figures come from."""
-    columns: list[tuple[Column, Pick]] = [
-        (Column("kept", "%"), _quality(lambda q: portion(q.retained_frac))),
-        (Column("score"), _quality(lambda q: quantity(q.score))),
-        (Column("full cache"), _quality(lambda q: quantity(q.full_score))),
-        (Column("metric", prose=True), _quality(lambda q: text(q.metric))),
-        (Column("task", prose=True), _quality(lambda q: text(q.task))),
-        (Column("measured on"), _quality(lambda q: text(q.model + ("" if q.same_model else " (another model)")))),
-        (Column("at budget"), _quality(lambda q: text(q.budget + ("" if q.same_budget else " (another budget)")))),
-        (Column("source", prose=True), _quality(lambda q: text("; ".join(part for part in (q.source, q.note) if part)))),
-    ]
-    if not any(option.quality for option in plan.options):
+    """Where the published figures come from: a row for each policy and figure, whatever runs it."""
+    found = dict.fromkeys((option.policy, option.quality) for option in deployable(plan))
+    if not any(published for _, published in found):
         return None
-    caption = "kvsim does not simulate the quality of answers: these are the published figures nearest to each option."
-    return _by_option("quality", "Published quality", deployable(plan), columns, caption)
+    rows = tuple((text(policy), *_quality_cells(published)) for policy, published in found)
+    columns = (
+        Column("policy"), Column("kept", "%"), Column("score"), Column("full cache"), Column("metric", prose=True),
+        Column("task", prose=True), Column("measured on", prose=True), Column("at budget", prose=True), Column("source", prose=True),
+    )  # fmt: skip
+    caption = "kvsim does not simulate the quality of answers: these are the published figures nearest to each policy."
+    return Table("quality", "Published quality", columns, rows, caption)
 
 
-def _quality(pick: Callable[..., Cell]) -> Pick:
-    return lambda option: text("none published") if option.quality is None else pick(option.quality)
+def _quality_cells(found: PublishedQuality | None) -> tuple[Cell, ...]:
+    if found is None:
+        return (*(text("") for _ in range(7)), text("none published"))
+    model = found.model + ("" if found.same_model else " (another model)")
+    budget = found.budget + ("" if found.same_budget else " (another budget)")
+    source = "; ".join(part for part in (found.source, found.note) if part)
+    numbers = (portion(found.retained_frac), quantity(found.score), quantity(found.full_score))
+    return (*numbers, *(text(value) for value in (found.metric, found.task, model, budget, source)))
 
 
 def probes(plan: PlanResult) -> Table | None:

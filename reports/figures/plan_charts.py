@@ -90,9 +90,9 @@ def _pareto_panel(
                 limit_name, (1, limit), xycoords=axis.get_yaxis_transform(), xytext=(0, 2), textcoords="offset points", ha="right",
                 color=SOFT, fontsize=8,
             )  # fmt: skip
-        if not more_is_better:
-            axis.set_ylim(bottom=0)
         axis.margins(0.14)
+        if not more_is_better:
+            axis.set_ylim(0, 1.14 * max([limit or 0.0, *(p.y for p in points)]))
         axis.set_xlabel(price_label(plan))
         axis.set_ylabel(label)
         place_labels(axis, [(p.x, p.y) for p in points], [str(p.rank) for p in points])

@@ -20,6 +20,8 @@ from kvsim.reports.run_report import run_report
 CHROMIUM = browser.find()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: install the package chromium to test reports in it")
 
+A4_WIDTH_PX = 703
+"""186 mm, the paper less its margins, at 96 pixels an inch."""
 OVERFLOWS = """(() => {
   const wide = document.documentElement.clientWidth, found = [];
   for (const part of document.querySelectorAll("body *")) {
@@ -166,4 +168,13 @@ def test_print_opens_what_is_folded_and_is_light(chromium: browser.Browser, file
     chromium.pdf(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
     assert chromium.run("[...document.querySelectorAll('details')].every((part) => part.open)")
+    chromium.call("Emulation.setEmulatedMedia", media="")
+
+
+@pytest.mark.parametrize("kind", ["run", "plan", "pair"])
+def test_tables_fit_on_paper(chromium: browser.Browser, files: dict[str, Path], kind: str) -> None:
+    chromium.open(files[kind], width=A4_WIDTH_PX)
+    chromium.call("Emulation.setEmulatedMedia", media="print")
+    chromium.run("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    assert chromium.run("document.documentElement.scrollWidth") <= A4_WIDTH_PX
     chromium.call("Emulation.setEmulatedMedia", media="")

@@ -136,6 +136,17 @@ def test_a_plan_that_nobody_meets_still_reports(plan: PlanResult) -> None:
     assert empty.csv_files == {} and empty.warnings
 
 
+def test_quality_is_told_once_for_each_policy_with_what_it_was_measured_on(plan: PlanResult) -> None:
+    table = plan_tables.quality(plan)
+    assert table is not None and sorted(column(table, "policy")) == ["full", "kivi-4bit", "snapkv+think", "snapkv-1024"]
+    assert set(column(table, "measured on")) == {"llama-3.1-8b (another model)"}
+    assert dict(zip(column(table, "policy"), column(table, "at budget"), strict=True))["kivi-4bit"] == "1024 tokens (another budget)"
+    bare = tuple(option.model_copy(update={"quality": None}) for option in plan.options)
+    assert plan_tables.quality(plan.model_copy(update={"options": bare})) is None
+    mixed = plan_tables.quality(plan.model_copy(update={"options": (bare[0], plan.options[-2])}))
+    assert mixed is not None and column(mixed, "source")[0] == "none published"
+
+
 def test_every_resource_that_binds_has_words() -> None:
     from typing import get_args
 
