@@ -91,14 +91,16 @@ def _flags(plan: PlanResult) -> Iterator[Part]:
 
 
 def command_line(flags: tuple[str, ...]) -> str:
-    """A line for each option, each but the last continued, as a shell takes it."""
+    """A line for each option, each but the last continued, as a shell takes it; comments ("# ...") under it."""
     lines: list[str] = []
     for flag in flags:
+        if flag.startswith("#"):
+            continue
         if lines and not flag.startswith("-"):
             lines[-1] += f" {flag}"
         else:
             lines.append(flag)
-    return " \\\n  ".join(lines)
+    return "\n".join([" \\\n  ".join(lines), *(flag for flag in flags if flag.startswith("#"))])
 
 
 def _notes(plan: PlanResult) -> Prose | None:

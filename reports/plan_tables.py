@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from kvsim.planning.result import Option, PlanResult, Probe, PublishedQuality
+from kvsim.planning.result import Option, PlanResult, Probe
 from kvsim.reports.cells import Cell, Column, Table, count, portion, quantity, text
 from kvsim.reports.compare import BasisRow
 from kvsim.reports.formats import number, size_unit, time_unit
 from kvsim.reports.plan_values import BINDS, deployable, latency_at_load, load_per_replica, price_label, refused, slo_label
+from kvsim.reports.quality_table import quality_table
 from kvsim.reports.run_tables import basis_table, ranked_ops
 
 Pick = Callable[[Option], Cell]
@@ -57,27 +58,8 @@ def configurations(plan: PlanResult) -> Table | None:
 
 
 def quality(plan: PlanResult) -> Table | None:
-    """Where the published figures come from: a row for each policy and figure, whatever runs it."""
-    found = dict.fromkeys((option.policy, option.quality) for option in deployable(plan))
-    if not any(published for _, published in found):
-        return None
-    rows = tuple((text(policy), *_quality_cells(published)) for policy, published in found)
-    columns = (
-        Column("policy"), Column("kept", "%"), Column("score"), Column("full cache"), Column("metric", prose=True),
-        Column("task", prose=True), Column("measured on", prose=True), Column("at budget", prose=True), Column("source", prose=True),
-    )  # fmt: skip
-    caption = "kvsim does not simulate the quality of answers: these are the published figures nearest to each policy."
-    return Table("quality", "Published quality", columns, rows, caption)
-
-
-def _quality_cells(found: PublishedQuality | None) -> tuple[Cell, ...]:
-    if found is None:
-        return (*(text("") for _ in range(7)), text("none published"))
-    model = found.model + ("" if found.same_model else " (another model)")
-    budget = found.budget + ("" if found.same_budget else " (another budget)")
-    source = "; ".join(part for part in (found.source, found.note) if part)
-    numbers = (portion(found.retained_frac), quantity(found.score), quantity(found.full_score))
-    return (*numbers, *(text(value) for value in (found.metric, found.task, model, budget, source)))
+    """A row for each policy and figure, whatever runs it."""
+    return quality_table(dict.fromkeys((option.policy, option.quality) for option in deployable(plan)))
 
 
 def probes(plan: PlanResult) -> Table | None:

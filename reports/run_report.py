@@ -89,6 +89,7 @@ def _sections(run: SavedRun, with_charts: bool) -> Iterator[Section]:
     )  # fmt: skip
     yield from section("capacity", "Capacity", run_tables.capacity(result))
     yield from section("gains", "Gains", run_tables.gains(result), drawn.get("gains"), run_tables.bands(result))
+    yield from section("quality", "Quality", run_tables.quality(result))
     missing = with_charts and run.bins is None
     yield from section("over-time", "Over time", drawn.get("over_time"), Prose((NO_TIMELINE,)) if missing else None)
     yield from section(

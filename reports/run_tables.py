@@ -8,6 +8,7 @@ from kvsim.metrics import Distribution
 from kvsim.reports.cells import Cell, Column, Table, count, portion, quantity, text, times
 from kvsim.reports.compare import GAIN_LABELS, BasisRow, gains_over_baseline, merged_basis, op_shares
 from kvsim.reports.formats import number, size_unit, time_unit
+from kvsim.reports.quality_table import quality_table
 from kvsim.reports.verdict import is_overloaded
 from kvsim.result import Band, PolicyResult, Result
 
@@ -152,6 +153,11 @@ def ledger(result: Result) -> Table:
     )
     columns = (Column("line"), Column("on each GPU", unit), Column("policies", prose=True), Column("where it comes from", prose=True))
     return Table("ledger", "GPU memory, line by line", columns, rows)
+
+
+def quality(result: Result) -> Table | None:
+    """Of the policies that take something away."""
+    return quality_table((name, policy.quality) for name, policy in result.policies.items() if policy.description != "full")
 
 
 def basis(result: Result) -> Table | None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from kvsim.errors import InputError
 from kvsim.metrics import SLO_KEYS, Summary
-from kvsim.planning.result import PlanResult
+from kvsim.planning.result import PlanResult, PublishedQuality
 from kvsim.recording import RunLog
 from kvsim.reports.names import PLAN_FILE, REQUEST_FILES, RUN_FILE, TIMELINE_FILE
 from kvsim.reports.requests_file import read_requests
@@ -143,6 +143,7 @@ class _Policy(_Loose):
     basis: tuple[Basis, ...]
     notes: tuple[str, ...]
     error_bands: Bands | None
+    published_quality: PublishedQuality | None = None
 
     @field_validator("summary", mode="before")
     @classmethod
@@ -171,7 +172,7 @@ def _result(data: dict[str, Any], logs: Mapping[str, RunLog]) -> Result:
     results = {
         name: PolicyResult(
             name, policy.description, policy.summary, logs[name], policy.ledger, policy.pool_units, policy.unit_bytes,
-            policy.kv_bytes_per_sequence, policy.basis, policy.notes,
+            policy.kv_bytes_per_sequence, policy.basis, policy.notes, policy.published_quality,
         )
         for name, policy in run.policies.items()
     }  # fmt: skip

@@ -121,7 +121,8 @@ def test_awkward_names_and_many_policies_draw(tmp_path: Path) -> None:
     log = make_log(num_requests=20)
     names = ("full", "_hidden", "$x^2$", "<b>&amp;", "ünï\x1bcode\x00", *(f"$_{i}" for i in range(len(PALETTE) + 1)))
     result = replace(make_result(logs=dict.fromkeys(names, log), warmup=0), title="costs $5 a $day")
-    for chart in run_charts(saved(result)).values():
+    for chart in (CHARTS["latency_cdf"](saved(result)), CHARTS["memory"](saved(result))):
+        assert chart is not None
         for path in save(chart, tmp_path):
             assert path.stat().st_size > 1000
         for i, panel in enumerate(chart.panels):

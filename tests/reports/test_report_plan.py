@@ -112,6 +112,7 @@ def test_csv_holds_every_option_and_probe(plan: PlanResult) -> None:
 
 def test_flags_are_one_command_with_a_line_for_each_option(plan: PlanResult) -> None:
     assert command_line(("vllm", "serve", "m", "--a", "1", "--b")) == "vllm serve m \\\n  --a 1 \\\n  --b"
+    assert command_line(("vllm serve m", "# h2o: needs a fork", "--a 1")) == "vllm serve m \\\n  --a 1\n# h2o: needs a fork"
     report = plan_report(plan, charts=False)
     (deploy,) = [found for found in report.sections if found.slug == "deploy"]
     codes = [part for part in deploy.parts if isinstance(part, Code)]
