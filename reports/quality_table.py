@@ -9,7 +9,7 @@ from kvsim.reports.cells import Cell, Column, Table, portion, quantity, text
 
 COLUMNS = (
     Column("policy"), Column("kept", "%", note="score over that of the full cache"), Column("score"), Column("full cache"),
-    Column("metric", prose=True), Column("task", prose=True), Column("measured on", prose=True), Column("at budget", prose=True),
+    Column("task, metric", prose=True), Column("measured on", prose=True), Column("at budget", prose=True),
     Column("source", prose=True),
 )  # fmt: skip
 CAPTION = "kvsim does not simulate the quality of answers: these are the published figures nearest to each policy."
@@ -26,9 +26,9 @@ def quality_table(found: Iterable[tuple[str, PublishedQuality | None]]) -> Table
 
 def _cells(found: PublishedQuality | None) -> tuple[Cell, ...]:
     if found is None:
-        return (*(text("") for _ in range(7)), text("none published"))
+        return (*(text("") for _ in range(6)), text("none published"))
     model = found.model + ("" if found.same_model else " (another model)")
     budget = found.budget + ("" if found.same_budget else " (another budget)")
     source = "; ".join(part for part in (found.source, found.note) if part)
     numbers = (portion(found.retained_frac), quantity(found.score), quantity(found.full_score))
-    return (*numbers, *(text(value) for value in (found.metric, found.task, model, budget, source)))
+    return (*numbers, *(text(value) for value in (f"{found.task}, {found.metric}", model, budget, source)))

@@ -20,6 +20,8 @@ from kvsim.reports.report import Part, Report, Section
 
 FOLD_ROWS = 24
 """Longer tables are closed until they are opened, or printed."""
+LONG_TEXT = 80
+"""Characters; columns with longer cells get more room."""
 SWATCH_DASHES = {"-": "", "--": "5 3", ":": "1.5 2", "-.": "6 2 1.5 2"}
 
 
@@ -77,6 +79,11 @@ def numeric(table: Table) -> list[bool]:
     return [table.is_numeric(i) for i in range(len(table.columns))]
 
 
+def long_columns(table: Table) -> list[bool]:
+    """Columns that need room, so that their text does not become a ribbon."""
+    return [any(len(row[i].text) > LONG_TEXT for row in table.rows) for i in range(len(table.columns))]
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -85,6 +92,7 @@ def _environment() -> Environment:
     )  # fmt: skip
     environment.globals |= {
         "fold_rows": FOLD_ROWS, "panels": panels, "rows": rows, "sort_value": sort_value, "swatch": swatch, "numeric": numeric,
+        "long_columns": long_columns,
         "newline": lambda: Markup("\n"),
     }  # fmt: skip
     environment.filters["lines"] = lambda text: [printable(line) for line in text.splitlines()]
