@@ -1,4 +1,4 @@
-"""What a run writes to disk: summary.json, a row per request, plots and a trace; all of it or nothing.
+"""What a run writes to disk: summary.json, a row per request, a report, plots and a trace; all of it or nothing.
 
 Equal inputs give equal bytes: no dates, no paths, no machine names, keys sorted.
 """
@@ -9,8 +9,6 @@ import csv
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -21,13 +19,15 @@ import numpy as np
 from kvsim.errors import InputError
 from kvsim.recording import RunLog
 from kvsim.reports.compare import gains_over_baseline, op_shares
+from kvsim.reports.folder import all_or_nothing, check_writable
+from kvsim.reports.names import RUN_NAMES, TIMELINE_FILE
+from kvsim.reports.timeline_file import bins_of, write_timeline
 from kvsim.reports.verdict import verdict, warnings
 from kvsim.result import Result
 from kvsim.units import PS_PER_S
 
 SCHEMA_VERSION = 1
-PLOT_NAMES = ("latency_cdf.png", "over_time.png", "time_by_op.png", "gains.png")
-FILE_NAMES = ("summary.json", "requests.csv", "requests.parquet", "trace.json.gz", *PLOT_NAMES)
+FILE_NAMES = ("summary.json", "requests.csv", "requests.parquet", TIMELINE_FILE, "trace.json.gz", *RUN_NAMES)
 """Every name that `write_outputs` may write; those of an earlier run that this one does not write are removed."""
 
 TIMES = ("arrival", "scheduled", "first_token", "finish", "queue", "ttft", "tpot", "e2e")
@@ -41,75 +41,44 @@ def write_outputs(
     *,
     requests_format: Literal["csv", "parquet"] = "csv",
     plots: bool = True,
+    report: bool = True,
     perfetto: bool = False,
     trace_requests: int = 1000,
 ) -> list[Path]:
     """Write the files of one run and return their paths.
 
-    They are made in a temporary directory inside out_dir (so on its file system) and then renamed one by one. Raises
-    InputError if out_dir cannot be written, or if requests_format is "parquet" and pyarrow is not installed.
+    plots: figures, as files and in the report. report: report.html, report.md and policies.csv. Raises InputError if out_dir
+    cannot be written, or if requests_format is "parquet" and pyarrow is not installed.
     """
     if requests_format not in ("csv", "parquet"):
         raise InputError("requests_format", requests_format, "must be csv or parquet")
-    target = Path(out_dir)
-    new = _missing(target)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=".kvsim-", dir=target))
-    except OSError as error:
-        _remove_empty(new)
-        raise _unwritable(out_dir, error) from error
-    try:
-        (workspace / "summary.json").write_text(to_json(result), encoding="utf-8", newline="\n")
+    with all_or_nothing(out_dir, FILE_NAMES) as workspace:
+        summary = to_json(result)
+        (workspace / "summary.json").write_text(summary, encoding="utf-8", newline="\n")
         if requests_format == "csv":
             write_requests_csv(result, workspace / "requests.csv")
         else:
             write_requests_parquet(result, workspace / "requests.parquet")
-        if plots:
-            from kvsim.reports.plots import save_plots
+        write_timeline({name: bins_of(policy) for name, policy in result.policies.items()}, workspace / TIMELINE_FILE)
+        if plots or report:
+            from kvsim.reports.run_report import run_report
+            from kvsim.reports.saved import saved_run
+            from kvsim.reports.write import write_into
 
-            save_plots(result, workspace)
+            write_into(run_report(saved_run(result, summary), charts=plots), workspace, text=report)
         if perfetto:
             from kvsim.reports.perfetto import write_trace
 
             write_trace(result, workspace / "trace.json.gz", max_requests=trace_requests)
         made = [name for name in FILE_NAMES if (workspace / name).exists()]
-        for name in made:
-            os.replace(workspace / name, target / name)
-        for name in set(FILE_NAMES) - set(made):
-            (target / name).unlink(missing_ok=True)
-        return [target / name for name in made]
-    except OSError as error:
-        raise _unwritable(out_dir, error) from error
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
-        _remove_empty(new)
+    return [Path(out_dir) / name for name in made]
 
 
 def check_outputs(out_dir: str | os.PathLike[str], requests_format: str) -> None:
     """Raise now what `write_outputs` would raise after a long simulation; leaves nothing behind."""
     if requests_format == "parquet":
         _pyarrow()
-    target = Path(out_dir)
-    new = _missing(target)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(prefix=".kvsim-", dir=target)).rmdir()
-    except OSError as error:
-        raise _unwritable(out_dir, error) from error
-    finally:
-        _remove_empty(new)
-
-
-def _missing(target: Path) -> list[Path]:
-    """The folders that writing there will make, innermost first."""
-    return [path for path in (target, *target.parents) if not path.exists()]
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for path in folders:
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+    check_writable(out_dir)
 
 
 def to_json(result: Result) -> str:
@@ -237,9 +206,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, int)):
         return value
     raise TypeError(f"{type(value).__name__} {value!r} has no place in a summary; make it plain data first")
-
-
-def _unwritable(out_dir: str | os.PathLike[str], error: OSError) -> InputError:
-    exists = isinstance(error, FileExistsError | NotADirectoryError)
-    rule = "must be a directory; a file is in the way" if exists else f"cannot be written ({error.strerror or error})"
-    return InputError("--out", os.fspath(out_dir), rule, "choose another directory, or free some space")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from kvsim.units import format_bytes
+from kvsim.units import GIB, KIB, MIB, format_bytes
 
 SMALL_SHARE_FRAC = 0.0005
 
@@ -35,6 +35,13 @@ def factor(value: float) -> str:
 
 def size(num_bytes: float) -> str:
     return format_bytes(num_bytes) if math.isfinite(num_bytes) else "-"
+
+
+def size_unit(values_bytes: Iterable[float]) -> tuple[str, float]:
+    """The unit in which the largest of the values reads best, and its size in bytes."""
+    largest = max((value for value in values_bytes if math.isfinite(value)), default=1.0)
+    units = (("GiB", float(GIB)), ("MiB", float(MIB)), ("KiB", float(KIB)))
+    return next(((name, size) for name, size in units if largest >= size), ("B", 1.0))
 
 
 def listed(names: Iterable[str]) -> str:

@@ -66,7 +66,7 @@ def modules_after(code: str, cwd: Path) -> set[str]:
 
 def test_help_and_the_package_import_nothing_heavy(tmp_path: Path) -> None:
     assert not HEAVY & modules_after("import kvsim; kvsim.KvsimError; dir(kvsim)", tmp_path)
-    for argv in (["--help"], ["run", "--help"], ["calibrate", "--help"]):
+    for argv in (["--help"], ["run", "--help"], ["calibrate", "--help"], ["report", "--help"], ["compare", "--help"]):
         loaded = modules_after(f"from kvsim.cli import main; assert main({argv}) == 0", tmp_path)
         assert not HEAVY & loaded and "click" in loaded
 
@@ -122,11 +122,12 @@ def test_out_holds_every_file_and_no_others(scenario: str, tmp_path: Path, capsy
     output(["run", scenario, "--out", "deep/out", "--perfetto"], capsys)
     names = {path.name for path in (tmp_path / "deep" / "out").iterdir()}
     assert {"summary.json", "requests.csv", "trace.json.gz", "latency_cdf.png", "over_time.png", "gains.png"} <= names
+    assert {"report.html", "report.md", "policies.csv", "timeline.csv"} <= names
     with (tmp_path / "deep" / "out" / "requests.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 120 and {row["policy"] for row in rows} == {"full", "snapkv-0.5"}
-    output(["run", scenario, "--out", "deep/out", "--no-plots", "--requests-format", "parquet"], capsys)
-    assert {path.name for path in (tmp_path / "deep" / "out").iterdir()} == {"summary.json", "requests.parquet"}
+    output(["run", scenario, "--out", "deep/out", "--no-plots", "--no-report", "--requests-format", "parquet"], capsys)
+    assert {path.name for path in (tmp_path / "deep" / "out").iterdir()} == {"summary.json", "requests.parquet", "timeline.csv"}
 
 
 def test_policies_and_fields_can_be_chosen(scenario: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def expected(folder: str, package: str) -> set[str]:
     return {
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml", ".json", ".typed", ".jinja") and "__pycache__" not in path.parts
+        if path.suffix in (".py", ".yaml", ".json", ".typed", ".jinja", ".html", ".css", ".js") and "__pycache__" not in path.parts
     }
 
 
@@ -43,6 +43,7 @@ def test_every_file_of_every_room_is_inside_kvsim(wheel: zipfile.ZipFile) -> Non
     assert {"kvsim/kernels/__init__.py", "kvsim/calibrate/measure.py", "kvsim/reports/files.py", "kvsim/py.typed"} <= names
     assert {"kvsim/data/gpus/a100-sxm-80gb.yaml", "kvsim/data/models/llama-3.1-8b.yaml"} <= names
     assert "kvsim/data/profiles/datasheet_efficiencies.yaml" in names
+    assert {"kvsim/reports/html/style.css", "kvsim/reports/html/sort.js", "kvsim/reports/html/templates/page.html"} <= names
 
 
 def test_no_other_name_at_the_top(wheel: zipfile.ZipFile) -> None:

@@ -35,13 +35,14 @@ class _Sections(click.ParamType):
 
 @click.command(epilog=EXIT_CODES, short_help="Simulate and compare policies.")
 @scenario_options
-@click.option("--out", metavar="DIR", help="Write summary.json, a row per request, plots and (on request) a trace there.")
+@click.option("--out", metavar="DIR", help="Write summary.json, a row per request, a report, plots and (on request) a trace there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON in place of the tables.")
 @click.option(
     "--requests-format", type=click.Choice(("csv", "parquet")), default="csv", show_default=True,
     help="Of the row per request in DIR; parquet needs kvsim[parquet].",
 )  # fmt: skip
-@click.option("--no-plots", is_flag=True, help="No plots in DIR.")
+@click.option("--no-plots", is_flag=True, help="No plots in DIR, nor in its report.")
+@click.option("--no-report", is_flag=True, help="No report.html, report.md and policies.csv in DIR.")
 @click.option("--perfetto", is_flag=True, help="A trace for https://ui.perfetto.dev in DIR.")
 @click.option(
     "--sections", type=_Sections(), metavar="NAME,...",
@@ -54,7 +55,7 @@ class _Sections(click.ParamType):
 @click.option("-q", "--quiet", is_flag=True, help="No report and no progress bar: only the files of DIR.")
 def run(
     scenario: str, overrides: tuple[tuple[str, Any], ...], names: tuple[str, ...], out: str | None, as_json: bool,
-    requests_format: str, no_plots: bool, perfetto: bool, sections: list[str] | None, uncertainty: int | None, quiet: bool,
+    requests_format: str, no_plots: bool, no_report: bool, perfetto: bool, sections: list[str] | None, uncertainty: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Simulate every policy of SCENARIO, a YAML file, and compare them."""
     loaded = load(scenario, overrides, names)
@@ -82,7 +83,10 @@ def run(
     if out is not None:
         from kvsim.reports.files import write_outputs
 
-        for path in write_outputs(result, out, requests_format=requests_format, plots=not no_plots, perfetto=perfetto):
+        written = write_outputs(
+            result, out, requests_format=requests_format, plots=not no_plots, report=not no_report, perfetto=perfetto
+        )
+        for path in written:
             if not (quiet or as_json):
                 click.echo(f"wrote {path}", err=True)
     if as_json:

@@ -19,6 +19,8 @@ class Probe(Frozen):
     num_requests: int
     num_seeds: int
     meets_slo: bool
+    decided: bool = True
+    """False where so many requests cannot tell: meets_slo is then their face value, and the search went on around this rate."""
     latency_s: dict[str, float]
     """By SLO key: ttft_p50_s, ttft_p99_s, tpot_p50_s, ..., those of the SLO among them."""
     goodput_frac: float | None
@@ -57,7 +59,7 @@ class Sensitivity(Frozen):
 
 class LedgerEntry(Frozen):
     name: str
-    num_bytes: int
+    num_bytes: int = Field(ge=0, le=2**60)
     note: str = ""
 
 

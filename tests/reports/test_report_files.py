@@ -12,7 +12,8 @@ import pytest
 from fakes import make_log, make_result
 
 from kvsim.errors import InputError
-from kvsim.reports.files import FILE_NAMES, PLOT_NAMES, REQUEST_COLUMNS, to_json, write_outputs
+from kvsim.reports.figures.chart import Chart
+from kvsim.reports.files import FILE_NAMES, REQUEST_COLUMNS, to_json, write_outputs
 from kvsim.result import Result
 
 
@@ -126,14 +127,16 @@ def test_an_output_place_that_cannot_be_written_is_an_input_error(result: Result
 def test_files_of_an_earlier_run_do_not_stay_beside_new_ones(
     result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stub_plots(_: Result, out_dir: Path) -> None:
-        for name in PLOT_NAMES:
-            (out_dir / name).write_bytes(b"")
+    def stub_save(chart: Chart, folder: Path) -> list[Path]:
+        for kind in ("png", "svg"):
+            (folder / f"{chart.name}.{kind}").write_bytes(b"")
+        return []
 
-    monkeypatch.setattr("kvsim.reports.plots.save_plots", stub_plots)
+    monkeypatch.setattr("kvsim.reports.figures.chart.save", stub_save)
+    monkeypatch.setattr("kvsim.reports.html.page.page", lambda report: "")
     (tmp_path / "mine.txt").write_text("kept")
     first = write_outputs(result, tmp_path, perfetto=True)
-    assert {path.name for path in first} == {"summary.json", "requests.csv", "trace.json.gz", *PLOT_NAMES}
-    second = write_outputs(result, tmp_path, plots=False)
-    assert {path.name for path in second} == {"summary.json", "requests.csv"}
-    assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "requests.csv", "mine.txt"}
+    assert {path.name for path in first} == set(FILE_NAMES) - {"requests.parquet"}
+    second = write_outputs(result, tmp_path, plots=False, report=False)
+    assert {path.name for path in second} == {"summary.json", "requests.csv", "timeline.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "requests.csv", "timeline.csv", "mine.txt"}
