@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from kvsim.errors import DoesNotFitError, InputError, KvsimError
     from kvsim.result import Result
     from kvsim.scenario import Scenario, load_scenario
+    from kvsim.sweeping.run import read_sweep, sweep
 
     __version__: str
 
 __all__ = [
-    "DoesNotFitError", "InputError", "KvsimError", "Result", "Scenario", "__version__", "load_scenario", "simulate",
+    "DoesNotFitError", "InputError", "KvsimError", "Result", "Scenario", "__version__", "load_scenario", "read_sweep",
+    "simulate", "sweep",
 ]  # fmt: skip
 
 _HOMES = {
@@ -28,6 +30,7 @@ _HOMES = {
     "DoesNotFitError": "kvsim.errors", "InputError": "kvsim.errors", "KvsimError": "kvsim.errors",
     "Result": "kvsim.result",
     "Scenario": "kvsim.scenario", "load_scenario": "kvsim.scenario",
+    "read_sweep": "kvsim.sweeping.run", "sweep": "kvsim.sweeping.run",
 }  # fmt: skip
 """Where each public name lives; imported when it is first asked for, so that `import kvsim` and `kvsim --help` stay light."""
 

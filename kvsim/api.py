@@ -134,7 +134,7 @@ def simulate(scenario: Scenario, progress: SingleProgress | None = None) -> Resu
         scenario=scenario.model_dump(mode="json"),
         title=scenario.name or f"{deployment.model.name} on {deployment.gpu.name}",
         policies=results,
-        versions=_versions(),
+        versions=versions(),
         seed=scenario.workload.seed,
         slo=dict(scenario.slo),
         warmup_requests=scenario.workload.warmup_requests,
@@ -281,7 +281,8 @@ def _resolve(name: str, base_dir: Path) -> str:
     return str(path) if ("/" in name or name.endswith((".yaml", ".yml", ".json"))) and path.exists() else name
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a simulation's numbers depend on."""
     packages = ("kvsim", "numpy", "simpy", "pydantic")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 

@@ -15,10 +15,11 @@ from kvsim.commands.init import init
 from kvsim.commands.report import compare, report
 from kvsim.commands.run import run, show
 from kvsim.commands.schema import schema
+from kvsim.commands.sweep import sweep
 from kvsim.commands.validate import validate
 from kvsim.errors import KvsimError
 
-COMMANDS: tuple[click.Command, ...] = (init, run, show, report, compare, list_, schema, validate, calibrate, completion)
+COMMANDS: tuple[click.Command, ...] = (init, run, show, report, compare, list_, schema, sweep, validate, calibrate, completion)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -56,6 +56,28 @@ def count_bar(label: str, *, shown: bool = True) -> Iterator[Callable[[int, int]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def sweep_bar(*, shown: bool = True) -> Iterator[Callable[[int, int, int], None] | None]:
+    """The same over the cases of a sweep, told (all, finished, failed), with the time that is left."""
+    if not shown or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=300) as bar:
+        task = bar.add_task("cases", total=None)
+
+        def tell(total: int, finished: int, failed: int) -> None:
+            bar.update(task, total=total, completed=finished, description=f"cases ({failed} failed)" if failed else "cases")
+
+        yield tell
+
+
 class _Bars:
     """One bar for the policies, one for the requests of the present one."""
 

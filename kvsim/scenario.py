@@ -67,7 +67,7 @@ def load_scenario(path: str | Path, overrides: Mapping[str, Any] | None = None) 
         rule = "must hold a mapping" if data is not None else "must not be empty"
         raise InputError("scenario", str(path), rule, "it needs the fields gpu, model, engine, workload and policies")
     for dotted, value in (overrides or {}).items():
-        _override(data, dotted, value)
+        override(data, dotted, value)
     return parse_scenario(data, path.parent)
 
 
@@ -92,19 +92,22 @@ def select_policies(scenario: Scenario, names: Sequence[str]) -> Scenario:
     return scenario.model_copy(update={"policies": kept})
 
 
-def _override(data: dict[Any, Any], dotted: str, value: Any) -> None:
-    """Sets one field, such as ``policies.snapkv[0].budget_tokens``; mappings on the way are made where there are none."""
+def override(data: dict[Any, Any], dotted: str, value: Any, asked_by: str = "--set") -> None:
+    """Sets one field, such as ``policies.snapkv[0].budget_tokens``; mappings on the way are made where there are none.
+
+    asked_by: what an InputError is to blame.
+    """
     block: Any = data
-    parts = _parts(dotted, data)
+    parts = _parts(dotted, data, asked_by)
     for depth, part in enumerate(parts):
         here = _path(parts[:depth]) or "the scenario"
         last = depth == len(parts) - 1
         if isinstance(part, int):
             if not isinstance(block, list) or part >= len(block):
                 has = f"a list of {len(block)}" if isinstance(block, list) else "no list"
-                raise InputError(f"--set {dotted}", value, f"must name an item that is there; {here} is {has}")
+                raise InputError(f"{asked_by} {dotted}", value, f"must name an item that is there; {here} is {has}")
         elif not isinstance(block, dict):
-            raise InputError(f"--set {dotted}", value, f"must name a field of a mapping; {here} is none", "set that as a whole")
+            raise InputError(f"{asked_by} {dotted}", value, f"must name a field of a mapping; {here} is none", "set that as a whole")
         if last:
             block[part] = value
         else:
@@ -113,7 +116,7 @@ def _override(data: dict[Any, Any], dotted: str, value: Any) -> None:
             block = block[part]
 
 
-def _parts(dotted: str, data: Any) -> list[str | int]:
+def _parts(dotted: str, data: Any, asked_by: str) -> list[str | int]:
     """Keys and list places; names that hold dots themselves (``llama-3.1``) are found by looking at the data."""
     parts: list[str | int] = []
     rest = dotted
@@ -128,7 +131,7 @@ def _parts(dotted: str, data: Any) -> list[str | int]:
             data = data[place] if isinstance(data, list) and place < len(data) else None
             rest = rest[match.end() :]
         if not name or (rest and not re.match(r"\.[^.\[]", rest)):
-            raise InputError("--set", dotted, "must be a dotted field", "try engine.max_num_seqs=64")
+            raise InputError(asked_by, dotted, "must be a dotted field", "try engine.max_num_seqs=64")
         rest = rest[1:]
     return parts
 

@@ -12,3 +12,12 @@ Exit codes:
   130  interrupted (Ctrl-C); nothing has been written
   141  the reader of the output closed the pipe, as `| head` does
 """
+SWEEP_EXIT_CODES = """\b
+Exit codes:
+  0    done; cases that are invalid or do not fit are rows with that status
+  1    a bug in kvsim, or a worker process that died: rows with the status
+       bug or crashed; all other cases are done
+  2    bad input or a cluster that does not answer: one line on standard
+       error; what was saved before stays
+  130  interrupted (Ctrl-C): what is finished is saved, run it again to go on
+"""
