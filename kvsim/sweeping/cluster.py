@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +19,9 @@ from kvsim.sweeping.rows import crashed, simulate_case
 
 LOCAL = "local"
 """In place of an address: a Ray of this machine alone, started for the sweep."""
-_CONNECT_S = 5.0
-"""A cluster that answers at all accepts a connection in milliseconds; Ray itself would go on trying for minutes."""
+_ACCEPT_S, _ANSWER_S = 5.0, 15.0
+"""A machine accepts a connection in milliseconds, a Ray greets within three seconds or so; Ray itself goes on trying for a minute."""
+_PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR'); ray.shutdown()"
 _RETRIES = 2
 """Of cases whose worker was lost: on a cluster that is a node taken away more often than the case's fault."""
 _QUEUED_PER_CPU = 4
@@ -50,14 +54,15 @@ def _connect(ray: Any, address: str, jobs: int) -> None:
         if address == LOCAL:
             ray.init(address="local", num_cpus=jobs, include_dashboard=False, **quiet)
             return
-        _check_reachable(address)
+        _check_listening(address)
+        _check_answers(address)
         ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise _no_ray(address, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__) from None
+        raise _no_ray(address, _last_line(error)) from None
 
 
-def _check_reachable(address: str) -> None:
-    """Raises OSError within _CONNECT_S where nothing listens at host:port, InputError where that is no address."""
+def _check_listening(address: str) -> None:
+    """Raises OSError within _ACCEPT_S where nothing listens at host:port, InputError where that is no address."""
     if address == "auto":
         return
     try:
@@ -67,7 +72,26 @@ def _check_reachable(address: str) -> None:
         host = port = None
     if not host or not port:
         raise InputError("--ray", address, "must be host:port, ray://host:port or auto", "try --ray=10.0.0.1:6379")
-    socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    socket.create_connection((host, port), timeout=_ACCEPT_S).close()
+
+
+def _check_answers(address: str) -> None:
+    """Raises OSError within _ANSWER_S where what listens is no Ray.
+
+    In a process of its own: where it gives up, Ray ends the process instead of raising.
+    """
+    command = [sys.executable, "-c", _PROBE, address]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_ANSWER_S, check=False)
+        said, otherwise = done.stderr, "it ended without a word"
+        if not done.returncode:
+            return
+    except subprocess.TimeoutExpired as error:
+        said, otherwise = error.stderr or b"", f"no answer within {_ANSWER_S:g} s"
+    lines = said.decode(errors="replace").strip().splitlines()
+    # Ray's own log says more than its exception: that a token is missing, say.
+    logged = [line for line in lines if "GCS" in line and "] " in line]
+    raise OSError(re.sub(r"^\[.*?\] (\S+:\d+: )?", "", (logged or lines or [otherwise])[-1]))
 
 
 def _no_ray(address: str, why: str) -> InputError:
