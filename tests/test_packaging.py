@@ -78,7 +78,7 @@ def test_every_direct_dependency_is_pinned_once() -> None:
     pins = dict(line.split("==") for line in lines)
     assert len(pins) == len(lines) and "torch" in pins
     extras = PROJECT["optional-dependencies"]
-    named = ("parquet", "notebook", "calibrate", "kernels", "oracles", "test")
+    named = ("parquet", "notebook", "sweep", "ray", "calibrate", "kernels", "oracles", "test")
     direct = [*PROJECT["dependencies"], *(item for name in named for item in extras[name])]
-    names = {item.split(">")[0].split("=")[0].lower() for item in direct}
+    names = {item.split(">")[0].split("=")[0].split("[")[0].lower() for item in direct}
     assert names <= {pin.lower() for pin in pins}

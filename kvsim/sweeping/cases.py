@@ -53,14 +53,14 @@ class Plan:
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
-        self.points = list(_points(sweep))
+        self.points = list(points(sweep))
         self.cases: list[Case] = []
         first_error: InputError | None = None
         ids: dict[str, str | InputError] = {}
         _file_digest.cache_clear()  # files may have changed since the last sweep of this process
         for point in range(len(self.points)):
             names, data, wrong = self._scenarios(point)
-            if len(self.cases) + len(names) > MAX_CASES:
+            if len(self.cases) + (len(self.points) - point) * len(names) > MAX_CASES:
                 raise _too_many(f"{len(self.points):,} points with {len(names)} policies")
             for name, scenario in zip(names, data, strict=True):
                 key = _canonical(scenario)
@@ -121,8 +121,11 @@ def check_deployable(plan: Plan) -> None:
         raise first
 
 
-def _points(sweep: Sweep) -> Iterator[tuple[Any, ...]]:
-    """Values of all varied fields, one combination after the other; in cartesian order the last field varies fastest."""
+def points(sweep: Sweep) -> Iterator[tuple[Any, ...]]:
+    """Values of all varied fields, one combination after the other; in cartesian order the last field varies fastest.
+
+    Raises InputError for zipped fields of unlike lengths, and for more points than MAX_CASES.
+    """
     if sweep.mode == "random":
         assert sweep.num_points is not None
         columns = [_draws(axis, sweep.num_points, sweep.seed) for axis in sweep.axes]
