@@ -124,7 +124,7 @@ def read_sweep(folder: str | os.PathLike[str]) -> pd.DataFrame:
     path = Path(folder)
     if read_manifest(path) is None or not (path / RESULTS).exists():
         raise InputError("folder", str(path), "must hold a sweep", "kvsim sweep makes one")
-    table = pq.read_table(path / RESULTS)
+    table = pq.read_table(path / RESULTS, partitioning=None)
     names = table.column_names
     fields = names[names.index("policy") + 1 : names.index("status")]
     rows = [{name: value for name, value in row.items() if name not in METRICS} for row in table.to_pylist()]

@@ -21,8 +21,9 @@ import yaml
 
 from kvsim.cli import main
 from kvsim.commands.exit_codes import BAD_INPUT, BUG, DONE, SWEEP_EXIT_CODES
+from kvsim.errors import KvsimError
 from kvsim.sweeping.rows import COLUMNS, GAINS, STATUSES
-from kvsim.sweeping.spec import MAX_CASES, Range, SweepFile
+from kvsim.sweeping.spec import MAX_CASES, Range, SweepFile, load_sweep
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
@@ -176,6 +177,17 @@ def test_what_listens_but_is_no_ray(folder: Path, ray: Any, monkeypatch: pytest.
         start = time.monotonic()
         refused(["s.yaml", f"--ray=127.0.0.1:{server.getsockname()[1]}"], ["must be a Ray cluster that answers"], folder, capsys)
         assert time.monotonic() - start < 15
+
+
+def test_a_node_with_other_versions_is_told(ray: Any) -> None:
+    from kvsim.api import versions
+    from kvsim.sweeping.cases import Plan
+    from kvsim.sweeping.cluster import _simulate_there
+
+    work = next(Plan(load_sweep(sweeps.sweep_file(1))).work({}))
+    assert _simulate_there(work, versions())["status"] == "ok"
+    with pytest.raises(KvsimError, match=r"has numpy \S+, this machine 0\.1; install the same"):
+        _simulate_there(work, versions() | {"numpy": "0.1"})
 
 
 def test_without_ray(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
