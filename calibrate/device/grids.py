@@ -26,6 +26,7 @@ SMALL_MODEL_WIDTHS = (256, 512, 1024, 2048)
 """Hidden sizes of models that a CPU decodes, with MLPs four times as wide and Llama-2's vocabulary."""
 SMALL_MODEL_HEADS = (Heads(4, 4, 64), Heads(8, 2, 64), Heads(8, 8, 64), Heads(16, 4, 64), Heads(32, 8, 64), Heads(14, 2, 64))
 LLAMA_2_VOCABULARY = 32000
+CPU_MAX_FLOPS, CPU_MAX_BYTES = 5 * 10**10, 2**29
 HF_LAUNCHES_PER_LAYER = 42
 """Launches that kvsim/engines/huggingface.py counts in a decoder layer of transformers, of which `host_layer.Layer` is one."""
 
@@ -58,7 +59,20 @@ def all_points(scope: Scope) -> list[Point]:
     found = [*_gemms(scope, weights), *_prefills(scope, heads), *_decodes(scope, heads), *_skewed(scope, heads)]
     found += [*_mixed(scope, heads), *_streams(scope, (4 * KIB, GIB)), *_collectives(scope), *_host()]
     found += [*engine_points(scope.dtypes[0]), *kernel_points(scope.device_type, scope.device_type == "cpu")]
-    return list(dict.fromkeys(found))
+    return [point for point in dict.fromkeys(found) if scope.device_type == "cuda" or _cpu_can_afford(point)]
+
+
+def _cpu_can_afford(point: Point) -> bool:
+    """A CPU takes about a second for so many FLOPs; inputs of more bytes take as long to make."""
+    op = point.op
+    if isinstance(op, Gemm):
+        size = 4 if point.dtype == "float32" else 2
+        return 2 * op.m * op.n * op.k <= CPU_MAX_FLOPS and size * op.n * op.k <= CPU_MAX_BYTES
+    prefill = op.prefill if isinstance(op, MixedAttention) else op
+    if isinstance(prefill, PrefillAttention) and prefill.flops > CPU_MAX_FLOPS:
+        return False
+    decode = op.decode if isinstance(op, MixedAttention) else op
+    return getattr(decode, "bytes_moved", 0) <= CPU_MAX_BYTES
 
 
 def _small(scope: Scope) -> Iterator[Point]:
@@ -89,7 +103,7 @@ def _gemms(
     for (n, k), m in product(weights, sizes):
         for dtype in dtypes or scope.dtypes:
             yield Point(Gemm(m, n, k, dtype), "gemm", TORCH_DTYPES[dtype], weight=1.0 if dtype == first else 0.2)
-        if scope.plan == "full":
+        if scope.plan == "full" and scope.device_type == "cuda":  # torch's products of such weights on a CPU are loops for tests
             yield Point(Gemm(m, n, k, "fp8"), "gemm_fp8", "bfloat16", weight=0.3)
             yield Point(Gemm(m, n, k, "int4"), "gemm_int4", "bfloat16", weight=0.3)
 

@@ -15,13 +15,17 @@ from kvsim.calibrate.device.session import TRYING
 from kvsim.errors import KvsimError
 
 DONE, BAD_INPUT, DEVICE_LOST, INTERRUPTED = 0, 2, 4, 130
+TOO_SLOW = -1000
+"""In place of a code: the worker was stopped."""
 MOST_STARTS = 20
+LOOK_EVERY_S, LEAST_POINT_S, POINT_FRAC = 1.0, 10.0, 0.06
+"""A point may take this share of the budget, and no less than ten seconds."""
 LEAST_LEFT_S = 5.0
 """Less is not worth another start: importing torch takes half of it."""
 
 
 class WorkerError(KvsimError):
-    """The worker could not begin; it has said why."""
+    """The worker could not begin, and says why."""
 
 
 def supervise(folder: Path, options: Sequence[str], budget_s: float) -> None:
@@ -35,25 +39,43 @@ def supervise(folder: Path, options: Sequence[str], budget_s: float) -> None:
         left_s = budget_s - (time.monotonic() - started_s)
         if start and left_s < LEAST_LEFT_S:
             return
-        code = _run([*options, "--out", str(folder), "--budget-s", f"{left_s:.1f}"])
+        most_s = max(LEAST_POINT_S, POINT_FRAC * budget_s)
+        code, said = _run([*options, "--out", str(folder), "--budget-s", f"{left_s:.1f}"], folder, most_s)
         if code == DONE:
             return
         if code == INTERRUPTED or -code in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
         options = [option for option in options if option != "--retry-failed"]
         if code == BAD_INPUT or not note_death(folder, code):
-            raise WorkerError(f"kvsim calibrate device: measuring ended with code {code}; what it said stands above")
+            raise WorkerError(said or f"kvsim calibrate device: measuring ended with code {code}; what it said stands above")
 
 
-def _run(options: Sequence[str]) -> int:
+def _run(options: Sequence[str], folder: Path, most_s: float) -> tuple[int, str]:
+    """The worker's exit code, TOO_SLOW where one point took more than `most_s`, and what it wrote to its standard output."""
     command = [sys.executable, "-m", "kvsim.calibrate.device.worker", *options]
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        return child.wait()
+        while True:
+            try:
+                said, _ = child.communicate(timeout=LOOK_EVERY_S)
+                return child.returncode, said.strip()
+            except subprocess.TimeoutExpired:
+                if _point_age_s(folder) > most_s:
+                    child.kill()
+                    child.wait()
+                    return TOO_SLOW, ""
     except KeyboardInterrupt:  # a terminal sends it to both
         child.send_signal(signal.SIGINT)
         child.wait()
         raise
+
+
+def _point_age_s(folder: Path) -> float:
+    """How long the point that is being measured has been."""
+    try:
+        return time.time() - (folder / TRYING).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def note_death(folder: Path, code: int) -> bool:
@@ -62,7 +84,7 @@ def note_death(folder: Path, code: int) -> bool:
     if not trying.exists() or not (folder / FILE_NAME).exists():
         return False
     row = json.loads(trying.read_text())
-    what = "the device stopped answering" if code == DEVICE_LOST else _death(code)
+    what = {DEVICE_LOST: "the device stopped answering", TOO_SLOW: "took too long and was stopped"}.get(code) or _death(code)
     file = RowFile(folder)
     file.add({**row, "status": f"failed: {what}"})
     file.close()

@@ -14,11 +14,11 @@ import kvsim.kernels
 from kvsim.calibrate import bench_device
 from kvsim.calibrate.bench import EAGER, GRAPH, Maker
 from kvsim.calibrate.bench_timing import EFFORTS, Effort, NotMeasured, make_buffers, release, repeat, samples, wake
+from kvsim.calibrate.device.arena import Arena
 from kvsim.calibrate.device.points import Point
 from kvsim.calibrate.device.timing import Skipped, Timing
 from kvsim.calibrate.device.workloads import NoSuchUnits, bench_of, num_bytes
 from kvsim.calibrate.measure import ERRORS, SMALL_CPU_TARGET_BYTES, DeviceLostError
-from kvsim.kernels.bench_timing import ring_of, time_calls
 from kvsim.ops import Collective
 
 PROBE_SIZE = {"cuda": 4096, "cpu": 512}
@@ -28,6 +28,7 @@ PEAK_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 PRODUCTS = ("gemm", "prefill", "decode", "decode_lengths", "mixed")
 """Works that multiply matrices in the point's dtype."""
 KERNEL_ROW_S = {"cuda": 0.1, "cpu": 0.02}
+LEAST_ARENA_BYTES = {"full": 2**29, "small": 2**24}
 RESOLVED_FRAC = 0.02
 """A kernel that adds less than this to the one beside it is not told apart from it."""
 
@@ -43,6 +44,7 @@ class TorchTimer:
         self.target_bytes = min(self.cold_bytes, SMALL_CPU_TARGET_BYTES) if self_test else self.cold_bytes
         self.generator = torch.Generator(device).manual_seed(seed)
         self.deadly: dict[str, str] = {}
+        self._arenas: dict[torch.dtype, Arena] = {}
         self._probe: torch.Tensor | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -115,13 +117,23 @@ class TorchTimer:
         if point.work in PRODUCTS and point.dtype in self.deadly:
             raise NoSuchUnits(f"a product in {point.dtype} kills the process here ({self.deadly[point.dtype]})")
         bench = bench_of(point)
-        maker = Maker(self.device, getattr(torch, point.dtype), self.generator)
-        buffers = make_buffers(bench, {}, maker, self.target_bytes, num_bytes(point))
+        if self.device.type == "cpu":
+            buffers = self._arena(getattr(torch, point.dtype)).buffers(bench, self.target_bytes)
+        else:
+            maker = Maker(self.device, getattr(torch, point.dtype), self.generator)
+            buffers = make_buffers(bench, {}, maker, self.target_bytes, num_bytes(point))
         mode = next(m for m in bench.modes if m != GRAPH or self.device.type == "cuda")
         if self.device.type == "cpu" and mode != EAGER:
             mode = EAGER  # nothing is queued: to issue is to run
         times_s, _ = samples(bench, buffers, mode, self.device, self.effort)
         return _timing(times_s, mode, buffers.working_set_bytes > self.cold_bytes)
+
+    def _arena(self, dtype: torch.dtype) -> Arena:
+        """One a dtype: a block is made in a second or so, and then serves every point."""
+        if dtype not in self._arenas:
+            size = min(max(self.target_bytes, LEAST_ARENA_BYTES[self.plan]), int(0.2 * bench_device.free_memory_bytes(self.device)))
+            self._arenas[dtype] = Arena(self.device, dtype, self.generator, size)
+        return self._arenas[dtype]
 
     def _kernel(self, point: Point) -> Timing:
         """A kernel on a GPU, its torch reference on a CPU; with "_beside", what it takes beyond plain decode attention."""
@@ -142,6 +154,8 @@ class TorchTimer:
         return Timing(beyond_s, max(beyond_s - half, 0.0), beyond_s + half, whole.samples, mode, cold, whole.more)
 
     def _kernel_times_s(self, module: Any, fields: dict[str, Any]) -> tuple[list[float], str, bool]:
+        from kvsim.kernels.bench_timing import ring_of, time_calls  # imports Triton, which a CPU can do without
+
         call = (lambda inputs: module.run(**inputs)) if self.device.type == "cuda" else (lambda inputs: module.reference(**inputs))
         inputs = module.make_inputs(module.Shape(**fields), np.random.default_rng(0), self.device)
         ring = ring_of(inputs, self.device) if self.device.type == "cuda" else [inputs]  # references compute, whatever the cache

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(args)
     except KvsimError as error:
-        print(f"kvsim: error: {error}", file=sys.stderr)
+        print(error)  # for the supervisor to tell
         return BAD_INPUT
     except DeviceLostError as error:
         print(f"the device stopped answering: {error}", file=sys.stderr)

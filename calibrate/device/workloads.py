@@ -14,8 +14,6 @@ from kvsim.calibrate.device.host_layer import CACHED_TOKENS, HEAD_DIM, HIDDEN, L
 from kvsim.calibrate.device.points import Point
 from kvsim.calibrate.hf_bench import HF_OPS
 from kvsim.dtypes import INT4_GROUP_SIZE
-from kvsim.kernels import decode_attention
-from kvsim.kernels.layouts import CacheShape, make_cache
 from kvsim.ops import Copy, DecodeAttention, Elementwise, Gemm, HostWork, MixedAttention, PrefillAttention
 
 FP8_MAX = 448.0
@@ -155,6 +153,9 @@ def decode_lengths(point: Point) -> Work:
 
 
 def _paged(op: DecodeAttention, point: Point, lengths: tuple[int, ...] | None) -> Work:
+    from kvsim.kernels import decode_attention  # Triton's: on a GPU alone
+    from kvsim.kernels.layouts import CacheShape, make_cache
+
     shape = CacheShape(
         batch=op.batch, kv_heads=op.kv_heads, tokens=op.max_kv_tokens, head_dim=op.head_dim, dtype=point.dtype, layout="paged",
         block_size=PAGE_TOKENS,

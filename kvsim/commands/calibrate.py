@@ -7,6 +7,7 @@ import sys
 import click
 
 from kvsim.commands.calibrate_decoder import decode, serve
+from kvsim.commands.calibrate_device import device
 from kvsim.commands.calibrate_import import import_
 from kvsim.commands.exit_codes import DONE
 from kvsim.errors import InputError
@@ -17,7 +18,7 @@ def calibrate() -> None:
     """Measure a device."""
 
 
-for command in (decode, serve, import_):
+for command in (device, decode, serve, import_):
     calibrate.add_command(command)
 
 
