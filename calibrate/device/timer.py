@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,8 @@ import torch
 
 import kvsim.kernels
 from kvsim.calibrate import bench_device
-from kvsim.calibrate.bench import EAGER, GRAPH, Maker
-from kvsim.calibrate.bench_timing import EFFORTS, Effort, NotMeasured, make_buffers, release, repeat, samples, wake
+from kvsim.calibrate.bench import EAGER, Maker
+from kvsim.calibrate.bench_timing import EFFORTS, Effort, NotMeasured, events_s, make_buffers, release, repeat, samples, wake
 from kvsim.calibrate.device.arena import Arena
 from kvsim.calibrate.device.points import Point
 from kvsim.calibrate.device.timing import Skipped, Timing
@@ -27,7 +30,8 @@ COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
 PEAK_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 PRODUCTS = ("gemm", "prefill", "decode", "decode_lengths", "mixed")
 """Works that multiply matrices in the point's dtype."""
-KERNEL_ROW_S = {"cuda": 0.1, "cpu": 0.02}
+KERNEL_ROW_S = 0.1
+KERNEL_CPU_EFFORT = Effort(sample_s=1e-3, row_s=0.05, min_repeats=3, max_repeats=20)
 LEAST_ARENA_BYTES = {"full": 2**29, "small": 2**24}
 RESOLVED_FRAC = 0.02
 """A kernel that adds less than this to the one beside it is not told apart from it."""
@@ -86,10 +90,10 @@ class TorchTimer:
 
     def _best_s(self, call: Any) -> float:
         """The least of some calls: a ceiling is what the device can do."""
-        from kvsim.calibrate.bench_timing import clock_s, events_s
-
-        timer = events_s if self.device.type == "cuda" else clock_s
-        times_s, steps = repeat(lambda n: timer(call, n), Effort(2e-3, 0.2, 5, 30), None)
+        effort = Effort(2e-3, 0.2, 5, 30)
+        if self.device.type == "cpu":
+            return min(_cpu_samples(call, effort))
+        times_s, steps = repeat(lambda n: events_s(call, n), effort, None)
         return min(times_s) / steps
 
     def probe_s(self) -> float:
@@ -117,14 +121,17 @@ class TorchTimer:
         if point.work in PRODUCTS and point.dtype in self.deadly:
             raise NoSuchUnits(f"a product in {point.dtype} kills the process here ({self.deadly[point.dtype]})")
         bench = bench_of(point)
-        if self.device.type == "cpu":
-            buffers = self._arena(getattr(torch, point.dtype)).buffers(bench, self.target_bytes)
+        dtype = getattr(torch, point.dtype)
+        if self.device.type == "cpu" and dtype.is_floating_point:
+            buffers = self._arena(dtype).buffers(bench, self.target_bytes)
         else:
-            maker = Maker(self.device, getattr(torch, point.dtype), self.generator)
+            maker = Maker(self.device, dtype, self.generator)
             buffers = make_buffers(bench, {}, maker, self.target_bytes, num_bytes(point))
-        mode = next(m for m in bench.modes if m != GRAPH or self.device.type == "cuda")
-        if self.device.type == "cpu" and mode != EAGER:
-            mode = EAGER  # nothing is queued: to issue is to run
+        if self.device.type == "cpu":
+            turn = cycle(buffers.sets)
+            times_s = _cpu_samples(lambda: bench.run(next(turn)), self.effort)
+            return _timing(times_s, EAGER, buffers.working_set_bytes > self.cold_bytes)
+        mode = bench.modes[0]
         times_s, _ = samples(bench, buffers, mode, self.device, self.effort)
         return _timing(times_s, mode, buffers.working_set_bytes > self.cold_bytes)
 
@@ -154,13 +161,14 @@ class TorchTimer:
         return Timing(beyond_s, max(beyond_s - half, 0.0), beyond_s + half, whole.samples, mode, cold, whole.more)
 
     def _kernel_times_s(self, module: Any, fields: dict[str, Any]) -> tuple[list[float], str, bool]:
-        from kvsim.kernels.bench_timing import ring_of, time_calls  # imports Triton, which a CPU can do without
-
-        call = (lambda inputs: module.run(**inputs)) if self.device.type == "cuda" else (lambda inputs: module.reference(**inputs))
         inputs = module.make_inputs(module.Shape(**fields), np.random.default_rng(0), self.device)
-        ring = ring_of(inputs, self.device) if self.device.type == "cuda" else [inputs]  # references compute, whatever the cache
-        times_s, mode = time_calls(call, ring, self.device, KERNEL_ROW_S[self.device.type])
-        return times_s, mode, self.device.type == "cuda" and len(ring) > 1
+        if self.device.type == "cpu":  # references compute, whatever the cache holds
+            return _cpu_samples(lambda: module.reference(**inputs), KERNEL_CPU_EFFORT), EAGER, False
+        from kvsim.kernels.bench_timing import ring_of, time_calls
+
+        ring = ring_of(inputs, self.device)
+        times_s, mode = time_calls(lambda each: module.run(**each), ring, self.device, KERNEL_ROW_S)
+        return times_s, mode, len(ring) > 1
 
     def _all_reduce(self, op: Collective) -> Timing:
         """NCCL over the first GPUs, driven by one process: launches of all of them, then the wait."""
@@ -189,6 +197,20 @@ class TorchTimer:
             torch.cuda.synchronize()
         except RuntimeError as error:
             raise DeviceLostError(str(error).splitlines()[0]) from error
+
+
+def _cpu_samples(call: Callable[[], Any], effort: Effort) -> list[float]:
+    """Seconds of a call by sample. With one thread, those that it had the core: what other programs take does not count."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def run_s(n: int) -> float:
+        start = clock()
+        for _ in range(n):
+            call()
+        return clock() - start
+
+    times_s, steps = repeat(run_s, effort, None)
+    return [t / steps for t in times_s]
 
 
 def deadly_dtypes() -> dict[str, str]:
