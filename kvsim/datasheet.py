@@ -157,6 +157,8 @@ class DatasheetProfile:
         weights = 2.0 * n * k if name == "16bit" else matrix_bytes(n, k, op.weight_dtype)
         memory_s = (weights + activation_bytes * m * k + max(activation_bytes, 2.0) * m * n) / (bytes_per_s * share)
         rows, columns = -(-m // GEMM_TILE_M) * GEMM_TILE_M, -(-n // GEMM_TILE_N) * GEMM_TILE_N
+        if name == "fp32":  # vector units have no tiles to fill
+            rows, columns = m, n
         compute_s = 2.0 * rows * columns * k / flops_per_s
         size = "m<=16" if m <= 16 else "m<=512" if m <= 512 else "m>512"
         return launch_s + sqrt(memory_s * memory_s + compute_s * compute_s), f"{name} {size}"
@@ -202,8 +204,10 @@ class DatasheetProfile:
         blocks = batch * op.kv_heads
         bytes_per_s = self._decode_bytes_per_s[form] * share
         slot_s, query_s = op.slot_bytes / bytes_per_s, 4.0 * batch * op.q_heads * op.head_dim / bytes_per_s
-        rows = max(op.q_heads / op.kv_heads, DECODE_TILE_ROWS)
-        compute_s = 4.0 * op.head_dim * rows / self._decode_flops_per_s
+        rows, flops_per_s = max(op.q_heads / op.kv_heads, DECODE_TILE_ROWS), self._decode_flops_per_s
+        if op.kv_format == "fp32":
+            rows, flops_per_s = op.q_heads / op.kv_heads, flops_per_s * self.gpu.peak_flops("fp32") / self._peak_16bit
+        compute_s = 4.0 * op.head_dim * rows / flops_per_s
         block_s = blocks * self._decode_block_s
         launch_s, split_s, split_slots = self._decode_launch_s, self._decode_split_s, self._decode_split_tokens * blocks
         found = []

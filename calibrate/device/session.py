@@ -24,7 +24,7 @@ TRYING = "trying.json"
 """The point that is being measured: there only while it is."""
 ERRORS = (RuntimeError, MemoryError, TypeError, ValueError, NotImplementedError, AttributeError, ImportError, InputError)
 """What a point may raise (torch.OutOfMemoryError is a RuntimeError); anything else is a bug and stops the run."""
-SETUP_CALLS_S = 0.3
+SETUP_CALLS_S = 0.2
 """Of a point beside making its inputs: warm-up, choice of the sample, samples (`bench_timing.EFFORTS`), corrected as points come."""
 Tell = Callable[[str], None]
 
