@@ -32,7 +32,8 @@ def expected(folder: str, package: str) -> set[str]:
     return {
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml", ".json", ".typed", ".jinja", ".html", ".css", ".js") and "__pycache__" not in path.parts
+        if path.suffix in (".py", ".yaml", ".json", ".typed", ".jinja", ".html", ".css", ".js")
+        and not {"__pycache__", "results"} & set(path.relative_to(ROOT).parts)
     }
 
 
