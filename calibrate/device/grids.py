@@ -26,7 +26,7 @@ SMALL_MODEL_WIDTHS = (256, 512, 1024, 2048)
 """Hidden sizes of models that a CPU decodes, with MLPs four times as wide and Llama-2's vocabulary."""
 SMALL_MODEL_HEADS = (Heads(4, 4, 64), Heads(8, 2, 64), Heads(8, 8, 64), Heads(16, 4, 64), Heads(32, 8, 64), Heads(14, 2, 64))
 LLAMA_2_VOCABULARY = 32000
-CPU_MAX_FLOPS, CPU_MAX_BYTES = 5 * 10**10, 2**29
+CPU_MAX_FLOPS, CPU_MAX_BYTES, CPU_MAX_STREAM_BYTES = 5 * 10**10, 2**29, 64 * MIB
 HF_LAUNCHES_PER_LAYER = 42
 """Launches that kvsim/engines/huggingface.py counts in a decoder layer of transformers, of which `host_layer.Layer` is one."""
 
@@ -184,7 +184,7 @@ def _streams(scope: Scope, ends: tuple[int, int]) -> Iterator[Point]:
     """Element-wise Ops and copies of every power of two bytes."""
     dtype, size = TORCH_DTYPES[scope.dtypes[0]], ends[0]
     if scope.device_type == "cpu":
-        ends = ends[0], min(ends[1], 256 * MIB)
+        ends = ends[0], min(ends[1], CPU_MAX_STREAM_BYTES)
     while size <= ends[1]:
         for name in ELEMENTWISE:
             yield Point(Elementwise(name, (3 if name == "add" else 2) * size), "elementwise", dtype, weight=0.6)

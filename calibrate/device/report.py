@@ -85,7 +85,7 @@ def warnings(conclusion: Conclusion) -> list[str]:
         for name, rate in header["peak_flops_per_s"].items():
             if name in ("fp16", "bf16") and rate < 0.5 * sheet.peak_flops(name):
                 found.append(f"{name} products reach {rate / sheet.peak_flops(name):.0%} of the datasheet's peak: less than a whole GPU?")
-    lone = [line[0] for line in error_lines(conclusion) if line[2] == "single rows" and "attention" in line[0]]
+    lone = [line[0] for line in error_lines(conclusion) if line[2] == "single rows" and line[0].partition(" ")[0].endswith("attention")]
     if lone:
         found.append(f"one head configuration alone, errors are of other lengths and batches: {', '.join(lone)}")
     return found
