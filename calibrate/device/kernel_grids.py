@@ -7,6 +7,7 @@ compressed cache is a DecodeAttention of its format. Names and fields of shapes 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -67,8 +68,8 @@ def _scores(h: Heads, cache: Fields) -> Iterator[tuple[str, Fields, Op]]:
     if cache["batch"] == 1:
         window = cache | {"group": group, "num_queries": min(WINDOW_TOKENS, tokens), "pooling": "mean"}
         yield "prefill_scores", window, counted.window_scores(shape, tokens, window["num_queries"])
-        if tokens <= 8192:  # the kernel takes two passes where FlashAttention's row sums are not given
-            yield "prefill_scores", cache | {"group": group}, counted.prompt_scores(shape, tokens, 0, passes=2)
+        if tokens <= 8192:  # a sum takes one of its two passes where FlashAttention's row sums are given, which are not here
+            yield "prefill_scores", cache | {"group": group, "statistic": "gumbel"}, counted.prompt_scores(shape, tokens, 0, passes=2)
 
 
 def _moves(h: Heads, cache: Fields) -> Iterator[tuple[str, Fields, Op]]:
@@ -133,8 +134,8 @@ def _rows(h: Heads, batch: int, tokens: int, tiny: bool) -> Iterator[tuple[str, 
     yield "metric_pool", {"num_slots": slots, "group": group}, counted.metric_pool(one_layer(h), slots)
     heads = 4 if tiny else 256
     fields = {"kind": "blocks", "num_pools": batch, "num_heads": heads, "tokens": min(tokens, 16384)}
-    # No policy launches it under this name: bytes are the scores read, as `select` counts them.
-    yield "select_budgets", fields, PolicyKernel("select_budgets", 5.0 * 4 * batch * heads * fields["tokens"])
+    whole = counted.select(one_layer(h), batch * heads * fields["tokens"])  # KV-Compress's sort, as it describes that itself
+    yield "select_budgets", fields, replace(whole, num_launches=4, variant="blocks")
 
 
 def engine_points(

@@ -67,6 +67,7 @@ def measure(
             if now_s - probed_s >= PROBE_EVERY_S:
                 probed_s = now_s
                 file.add({"status": PROBE, "key": f"probe {len(file.rows)}", "seconds": timer.probe_s(), "work": PROBE})
+                now_s = clock() - started_s  # the probe is not the point's
             point, _ = chosen
             row = _row(point, timer, point.group(planner.num_sms), file.path.parent)
             took_s = clock() - started_s - now_s
