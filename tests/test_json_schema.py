@@ -20,7 +20,7 @@ from kvsim.scenario import load_scenario, parse_scenario
 from kvsim.schema import kind_of
 
 ROOT = Path(__file__).parent.parent
-SCENARIOS = sorted((ROOT / "scenarios").glob("*.yaml"))
+SCENARIOS = sorted(path for path in (ROOT / "scenarios").glob("*.yaml") if not path.name.startswith(("sweep_", "plan_")))
 BASE: dict[str, Any] = yaml.safe_load((ROOT / "scenarios" / "a100_llama8b.yaml").read_text(encoding="utf-8"))
 
 

@@ -24,7 +24,9 @@ def test_answers_are_the_expected_ones(case: str) -> None:
 
 
 def test_every_scenario_has_an_answer_and_every_answer_a_scenario() -> None:
-    assert {path.name for path in (ROOT / "scenarios").glob("*.yaml")} == {case[0] for case in CASES.values()}
+    """Sweeps and plans have tests of their own."""
+    worked = {path.name for path in (ROOT / "scenarios").glob("*.yaml") if not path.name.startswith(("sweep_", "plan_"))}
+    assert worked == {case[0] for case in CASES.values()}
     assert {path.stem for path in Path(__file__).parent.glob("*.txt")} == set(CASES)
 
 
