@@ -18,7 +18,8 @@ from kvsim.engines.base import Engine
 from kvsim.metrics import SLO_METRICS, SLO_STATISTICS
 from kvsim.policies import POLICIES
 from kvsim.policies.base import Policy
-from kvsim.scenario import Scenario
+from kvsim.routers import ROUTERS
+from kvsim.scenario import ReplicaGroup, Scenario
 from kvsim.scenario_errors import models_in
 from kvsim.schema import field_rows, first_sentence, kind_of
 from kvsim.traces import TraceConfig
@@ -113,6 +114,18 @@ JSON Schema with `kvsim schema > kvsim.schema.json` and make the scenario's firs
     for engine in ENGINES:
         yield f"## engine: {{kind: {kind_of(engine)}}}\n\n{prose(engine)} Where a shared field is here too, its default differs.\n"
         yield fields_table(engine, Engine)
+    yield """## Several replicas
+
+`replicas: 4` puts four engines as above behind a router; `fleet` does the same with groups of unlike ones, each a list item such
+as `{replicas: 2, gpu: h100-sxm-80gb, weight: 2}`. The traffic is that of all of them together. Outstanding tokens are prompt
+tokens and tokens generated so far of all requests sent to a replica and not yet answered; replicas that tie take turns.
+
+"""
+    for router in ROUTERS:
+        yield f"### router: {{kind: {kind_of(router)}}}\n\n{prose(router)}\n"
+        yield fields_table(router)
+    yield f"### fleet: an item\n\n{prose(ReplicaGroup)}\n"
+    yield fields_table(ReplicaGroup)
     yield f"## workload\n\n{prose(WorkloadConfig)}\n"
     yield fields_table(WorkloadConfig)
     for name in ("arrivals", "lengths"):

@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-import gc
 import platform
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from importlib import metadata
-from math import exp
 from pathlib import Path
 from typing import NamedTuple
 
 import simpy
 
-from kvsim.cost import StepCosts
 from kvsim.dtypes import ACTIVATION_DTYPES, activation_dtype, check_weight_dtype, kv_bytes_per_element
 from kvsim.engines.base import Engine
-from kvsim.errors import InputError, KvsimError
+from kvsim.errors import DoesNotFitError, InputError, KvsimError
+from kvsim.fleet_run import PartsOf, run_fleet
 from kvsim.hardware import Gpu, load_gpu
-from kvsim.memory import Ledger, check_fits
+from kvsim.memory import Ledger
 from kvsim.metrics import Summary, check_slo, summarize
 from kvsim.model import Model, load_model
-from kvsim.offload import OffloadCosts
 from kvsim.policies.base import CacheShape, Policy
 from kvsim.policies.compose import CachePlan, Composition
-from kvsim.pool import BlockPool, PrefixPool
 from kvsim.profile import Profile
 from kvsim.profiles import load_profile
 from kvsim.quality import nearest
-from kvsim.recording import RunLog
-from kvsim.requests import Request
-from kvsim.result import Basis, PolicyResult, Result
+from kvsim.requests import RequestSource
+from kvsim.result import PolicyResult, Result
+from kvsim.routers import UNWEIGHTED
 from kvsim.scenario import Scenario
+from kvsim.serving import Parts, RequestCheck, basis, check_number, kv_bytes_per_sequence, run, side_note
 from kvsim.simulation import Replica
-from kvsim.units import PS_PER_S
 from kvsim.workload import build_source
-from kvsim.workload_fields import MAX_TIME_S
 
 SingleProgress = Callable[[str, int], None]
 
 
 class Deployment(NamedTuple):
-    """A scenario's hardware and model, loaded and checked."""
+    """A scenario's hardware and model, loaded and checked; of a fleet, those of its first group."""
 
     gpu: Gpu
     model: Model
@@ -50,10 +44,68 @@ class Deployment(NamedTuple):
     engine: Engine
     profile: Profile
     max_tokens: int  # longest prompt + output
+    groups: tuple[Group, ...] = ()
+    """All groups of replicas; empty where there is one replica as the scenario has it."""
+
+
+class Group(NamedTuple):
+    """Replicas that are alike. field: of the scenario, "" where its own fields describe them. policies: None: those compared."""
+
+    name: str
+    field: str
+    replicas: int
+    weight: float
+    deployment: Deployment
+    policies: tuple[Policy, ...] | None
 
 
 def deploy(scenario: Scenario) -> Deployment:
     """Loads what a scenario names; raises InputError where the parts do not go together."""
+    if scenario.fleet:
+        groups = tuple(fleet_groups(scenario))
+        return groups[0].deployment._replace(groups=groups)
+    deployment = _deploy_alike(scenario)
+    if scenario.replicas > 1:
+        group = Group("", "", scenario.replicas, 1.0, deployment, None)
+        deployment = deployment._replace(groups=(group,))
+    return deployment
+
+
+def fleet_groups(scenario: Scenario) -> Iterator[Group]:
+    """The groups of a mixed fleet, each deployed as a scenario of its own."""
+    if scenario.replicas != 1:
+        raise InputError(
+            "replicas", scenario.replicas, "must not be given beside fleet, whose groups have replicas of their own",
+            "leave one of them out",
+        )  # fmt: skip
+    for place, block in enumerate(scenario.fleet):
+        field = f"fleet[{place}]"
+        if block.weight != 1 and scenario.router.kind in UNWEIGHTED:
+            raise InputError(
+                f"{field}.weight", block.weight, f"has no meaning under router.kind={scenario.router.kind}",
+                "leave it out or choose another router",
+            )  # fmt: skip
+        own = {name: getattr(block, name) for name in _GROUP_FIELDS if getattr(block, name) is not None}
+        try:
+            deployment = _deploy_alike(scenario.model_copy(update=own))
+        except InputError as error:
+            raise _of_group(error, field, own) from None
+        policies = None if block.policy is None else tuple(block.policy)
+        name = block.name or deployment.gpu.name + (f" tp {deployment.tp}" if deployment.tp > 1 else "")
+        yield Group(name, field, block.replicas, block.weight, deployment, policies)
+
+
+_GROUP_FIELDS = ("gpu", "tensor_parallel", "weight_dtype", "profile", "engine")
+
+
+def _of_group(error: InputError, field: str, own: Iterable[str]) -> InputError:
+    """The same error of a group's own field."""
+    where = field + "." if error.field.split(".")[0] in own else f"{field}: "
+    return InputError(where + error.field, error.value, error.rule, error.fix)
+
+
+def _deploy_alike(scenario: Scenario) -> Deployment:
+    """One replica as the scenario's own fields have it."""
     base = scenario.base_dir
     gpu, model = load_gpu(_resolve(scenario.gpu, base)), load_model(_resolve(scenario.model, base))
     engine, tp = scenario.engine, scenario.tensor_parallel
@@ -121,6 +173,8 @@ def simulate(scenario: Scenario, progress: SingleProgress | None = None) -> Resu
     plans = {
         name: build_plan(deployment, policies, f"policies.{name}") for name, policies in scenario.policies.items()
     }
+    for name, plan in plans.items():
+        group_plans(scenario, deployment, name, plan)  # contradictions show before anything is simulated
     results = {}
     for name, plan in plans.items():
         tell = None if progress is None else (lambda done, name=name: progress(name, done))
@@ -132,7 +186,7 @@ def simulate(scenario: Scenario, progress: SingleProgress | None = None) -> Resu
             raise type(error)(f"policies.{name}: {error}") from None
     return Result(
         scenario=scenario.model_dump(mode="json"),
-        title=scenario.name or f"{deployment.model.name} on {deployment.gpu.name}",
+        title=scenario.name or f"{deployment.model.name} on {_hardware(deployment)}",
         policies=results,
         versions=versions(),
         seed=scenario.workload.seed,
@@ -144,135 +198,62 @@ def simulate(scenario: Scenario, progress: SingleProgress | None = None) -> Resu
 def run_policy(
     scenario: Scenario, deployment: Deployment, name: str, plan: CachePlan, progress: Callable[[int], None] | None = None
 ) -> PolicyResult:
-    """Simulates one policy."""
-    engine, model, tp = deployment.engine, deployment.model, deployment.tp
-    ledger = build_ledger(deployment, plan)
+    """Simulates one policy, on all replicas that the deployment has."""
     source = build_source(scenario.workload, scenario.base_dir)
-    notes = [*engine.notes(), *(note for policy in plan.composition.policies for note in policy.notes())]
-    pool: BlockPool = BlockPool(ledger.pool_units)
-    if source.hash_block_tokens and getattr(engine, "enable_prefix_caching", False):
-        if source.hash_block_tokens % engine.block_tokens:
-            raise InputError(
-                "engine.block_size_tokens", engine.block_tokens,
-                f"must divide the trace's hash blocks of {source.hash_block_tokens} tokens for prefix caching",
-                "choose another block size or set enable_prefix_caching: false",
-            )  # fmt: skip
-        if plan.composition.blocks_shareable:
-            pool = PrefixPool(ledger.pool_units, engine.block_tokens, source.hash_block_tokens)
-        else:
-            notes.append(
-                f"prefix caching is off: {plan.composition.describe()} compresses blocks, which cannot be shared afterwards"
-            )
-
-    def costs(hbm_share: float = 1.0) -> StepCosts:
-        make = OffloadCosts if engine.offloads else StepCosts
-        return make(
-            model, tp, deployment.weight_dtype, engine, plan, deployment.profile, ledger.pool_slots, hbm_share
-        )
-
-    contended = costs(1 - engine.side_stream_hbm_frac) if engine.policy_stream == "side" else None
+    groups = list(zip(deployment.groups, group_plans(scenario, deployment, name, plan), strict=True))
+    if sum(group.replicas for group, _ in groups) > 1:
+        parts_of = [PartsOf(group.name, group.replicas, group.weight, _parts(group, own, source)) for group, own in groups]
+        return run_fleet(scenario, name, source, parts_of, progress)
+    for group, own in groups:
+        deployment, plan = group.deployment, own
     env = simpy.Environment(initial_time=0)
-    replica = Replica(
-        env, source, engine.scheduler(pool, plan, model), costs(), contended,
-        RequestCheck(deployment, plan, ledger.pool_units), progress,
-    )  # fmt: skip
+    parts = Parts(deployment, plan, build_ledger(deployment, plan), source)
+    replica = Replica(env, source, parts.scheduler(), parts.costs, parts.contended, parts.check, progress)
     env.process(replica.serve())
-    try:
-        with _without_cycle_collection():
-            env.run()
-    except OverflowError as error:  # of picoseconds in 64 bits
-        raise _too_long(scenario.workload.describe()) from error
+    run(env, scenario)
     log = replica.log
-    if not replica.num_finished:
-        raise InputError("workload", scenario.workload.describe(), "must hold at least one request")
-    if scenario.workload.warmup_requests >= replica.num_finished:
-        rule = f"must be below the number of requests, {replica.num_finished}"
-        raise InputError(
-            "workload.warmup_requests", scenario.workload.warmup_requests, rule, f"try {replica.num_finished // 10}"
-        )
-    notes += source.notes()
-    if log.side_ps:
-        notes.append(
-            f"compressions kept a side stream busy for {log.side_ps / PS_PER_S:.3g} s beside the steps "
-            f"({engine.side_stream_hbm_frac:.0%} of HBM bandwidth while it ran)"
-        )
+    check_number(scenario, replica.num_finished)
+    notes = [*parts.notes, *source.notes(), *side_note(log.side_ps, deployment.engine)]
     summary = summarize(log, warmup_requests=scenario.workload.warmup_requests, slo=scenario.slo)
     return PolicyResult(
-        name=name, description=plan.composition.describe(), summary=summary, log=log, ledger=tuple(ledger.lines),
-        pool_units=ledger.pool_units, unit_bytes=plan.unit_bytes,
-        kv_bytes_per_sequence=_kv_bytes_per_sequence(log, plan.unit_bytes),
-        basis=_basis(replica), notes=tuple(dict.fromkeys(notes)), pool_gpu_frac=engine.cache_fracs[0],
-        quality=nearest(plan.composition.policies, model, float(log.request_columns()["prompt_tokens"].mean())),
+        name=name, description=plan.composition.describe(), summary=summary, log=log, ledger=tuple(parts.ledger.lines),
+        pool_units=parts.ledger.pool_units, unit_bytes=plan.unit_bytes,
+        kv_bytes_per_sequence=kv_bytes_per_sequence(log, plan.unit_bytes),
+        basis=basis([replica]), notes=tuple(dict.fromkeys(notes)), pool_gpu_frac=deployment.engine.cache_fracs[0],
+        quality=nearest(
+            plan.composition.policies, deployment.model, float(log.request_columns()["prompt_tokens"].mean())
+        ),
     )  # fmt: skip
 
 
-@contextmanager
-def _without_cycle_collection() -> Iterator[None]:
-    """A simulation makes millions of objects and no cycles: looking for them costs some 6 % of its time."""
-    was_on = gc.isenabled()
-    gc.disable()
+def _parts(group: Group, plan: CachePlan, source: RequestSource) -> Parts:
     try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+        return Parts(group.deployment, plan, build_ledger(group.deployment, plan), source)
+    except DoesNotFitError as error:
+        raise DoesNotFitError(f"{group.field}: {error}" if group.field else str(error)) from None
+    except InputError as error:
+        raise _of_group(error, group.field, ()) if group.field else error from None
 
 
-class RequestCheck:
-    """Refuses requests that the deployment can never serve."""
-
-    def __init__(self, deployment: Deployment, plan: CachePlan, pool_units: int) -> None:
-        self.max_tokens, self.plan, self.pool_units = deployment.max_tokens, plan, pool_units
-        self.model = deployment.model.name
-        self.harmless_tokens = min(deployment.max_tokens, plan.tokens_that_fit(pool_units))
-
-    def __call__(self, request: Request) -> None:
-        tokens = request.prompt_tokens + request.output_tokens
-        if request.arrival_ps > MAX_TIME_S * PS_PER_S:
-            raise _too_long(f"request {request.index} at {request.arrival_ps / PS_PER_S:,.0f} s")
-        if tokens <= self.harmless_tokens:
-            return
-        if tokens > self.max_tokens:
-            raise InputError(
-                f"workload: request {request.index}: prompt + output tokens", tokens,
-                f"must be at most {self.max_tokens}, the context of {self.model} or engine.max_model_len",
-                "shorten it, raise max_model_len, or choose a model with a longer context",
-            )  # fmt: skip
-        field = f"workload: request {request.index}: prompt tokens"
-        check_fits(self.plan, self.pool_units, field, request.prompt_tokens, request.output_tokens)
+def group_plans(scenario: Scenario, deployment: Deployment, name: str, plan: CachePlan) -> list[CachePlan]:
+    """The cache of each group of the deployment under a policy; `plan` is that of the first one's hardware."""
+    plans = []
+    for group in deployment.groups:
+        policies = scenario.policies[name] if group.policies is None else group.policies
+        if not group.field:
+            plans.append(plan)
+            continue
+        field = f"policies.{name} on {group.field}" if group.policies is None else f"{group.field}.policy"
+        plans.append(build_plan(group.deployment, policies, field))
+    return plans
 
 
-def _too_long(what: str) -> InputError:
-    rule = f"must be served within {MAX_TIME_S:,} s of simulated time (104 days)"
-    return InputError("workload", what, rule, "raise the rate or simulate fewer requests")
-
-
-def _kv_bytes_per_sequence(log: RunLog, unit_bytes: int) -> float:
-    """Mean over time, while anything decodes, of what the pool holds by sequences in decode."""
-    rows = log.step_columns()
-    steps = rows["num_steps"]
-    duration = steps * rows["first_step_ps"] + rows["step_growth_ps"] * (steps * (steps - 1) // 2)
-    pure = (rows["num_decodes"] > 0) & (rows["prefill_tokens"] == 0)
-    if not pure.any():
-        return 0.0
-    weight = duration[pure].astype(float)
-    return float((weight * rows["held_units"][pure]).sum() / (weight * rows["num_decodes"][pure]).sum() * unit_bytes)
-
-
-def _basis(replica: Replica) -> tuple[Basis, ...]:
-    """What each Op kind's time rests on, the largest share first."""
-    times, answers = replica.costs.op_parts(), dict(replica.costs.basis)
-    if replica.contended is not None:
-        answers = {**replica.contended.basis, **answers}
-        for part, value in replica.contended.op_parts().items():
-            times[part] = times.get(part, 0) + value
-    total = sum(times.values()) or 1
-    rows = []
-    for part, value in sorted(times.items(), key=lambda item: (-item[1], item[0])):
-        label, source = part
-        bias = answers[part].log_bias
-        rows.append(Basis(label, value / PS_PER_S, value / total, source, exp(bias[1]), exp(bias[2])))
-    return tuple(rows)
+def _hardware(deployment: Deployment) -> str:
+    """For titles: the GPU, or how many replicas on which."""
+    groups = deployment.groups
+    if sum(group.replicas for group in groups) <= 1:
+        return deployment.gpu.name
+    return " + ".join(f"{group.replicas} x {group.deployment.gpu.name}" for group in groups)
 
 
 def _resolve(name: str, base_dir: Path) -> str:
@@ -287,4 +268,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
-__all__ = ["Deployment", "Summary", "build_ledger", "build_plan", "deploy", "run_policy", "simulate"]
+__all__ = [
+    "Deployment", "RequestCheck", "Summary", "build_ledger", "build_plan", "deploy", "run_policy", "simulate", "versions",
+]  # fmt: skip

@@ -11,7 +11,7 @@ with every curve piecewise straight in whole units, so that `runs.py` can add up
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from kvsim.cost_types import Chunk
 from kvsim.engines.base import Engine
@@ -41,14 +41,22 @@ class StepCosts(Prices):
         pool_slots: int, hbm_share: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__(model, tp, weight_dtype, engine, plan, profile, pool_slots, hbm_share)
+        self._open_account()
+        self.captured_tokens, self.mixes_attention = engine.captured_tokens, engine.mixes_attention
+        self.has_prefill_policy = any(plan.prefill_ops(1, 0))
+        self._side: Prices | None = None
+
+    def _open_account(self) -> None:
         self.busy_ps = 0
         self.attention_ps = 0  # beyond the curves' account: where the longest sequence set the pace
         self.mixed_ps = 0
         self.prefill_ps = 0
         self.copy_ps = 0
-        self.captured_tokens, self.mixes_attention = engine.captured_tokens, engine.mixes_attention
-        self.has_prefill_policy = any(plan.prefill_ops(1, 0))
-        self._side: Prices | None = None
+
+    def twin(self) -> Self:
+        new = super().twin()
+        new._open_account()
+        return new
 
     def decode_step(self, state: DecodeState) -> int:
         """One step in which every sequence of the batch gets one token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 from kvsim.units import PS_PER_S
@@ -53,6 +54,12 @@ class Curve:
         total.ys = [a + b for a, b in zip(self.ys, other.ys, strict=True)]
         total.ms = [a + b for a, b in zip(self.ms, other.ms, strict=True)]
         return total
+
+    def twin(self) -> Curve:
+        """The same curve with an account of its own."""
+        new = copy(self)
+        new.count, new.offset = [0] * len(self.count), [0] * len(self.count)
+        return new
 
     def __call__(self, x: int) -> int:
         """Picoseconds at x units."""

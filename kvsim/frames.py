@@ -18,7 +18,7 @@ from kvsim.errors import InputError
 from kvsim.estimators import Distribution
 from kvsim.metrics import Summary
 from kvsim.reports.compare import gains_over_baseline
-from kvsim.reports.files import COUNTS, TIMES, request_columns
+from kvsim.reports.files import COUNTS, TIMES, replica_numbers, request_columns
 from kvsim.result import PolicyResult, Result
 from kvsim.units import PS_PER_S
 
@@ -35,7 +35,10 @@ def summary(result: Result) -> DataFrame:
 
 
 def requests(result: Result) -> DataFrame:
-    """A row for each policy and request, in order of arrival: the columns of requests.csv. tpot_s is NaN with one token."""
+    """A row for each policy and request, in order of arrival: the columns of requests.csv. tpot_s is NaN with one token.
+
+    Of a fleet, here and in `steps`, a column `replica` more.
+    """
     pd = _pandas()
     parts = []
     for name, policy in result.policies.items():
@@ -44,6 +47,8 @@ def requests(result: Result) -> DataFrame:
         data |= {f"{time}_s": columns[time] / PS_PER_S for time in TIMES}
         data |= {count: columns[count] for count in COUNTS}
         part = pd.DataFrame(data)
+        if policy.replicas:
+            part["replica"] = replica_numbers(policy)
         part["tpot_s"] = part["tpot_s"].where(columns["tpot"] >= 0)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
@@ -53,13 +58,16 @@ def steps(result: Result) -> DataFrame:
     """A row for each policy and run of steps (`recording.STEP_FIELDS`); duration_s is that of the whole run."""
     pd = _pandas()
     parts = []
-    for name, policy in result.policies.items():
-        rows = policy.log.step_columns()
+    logs = ((name, i, log) for name, policy in result.policies.items() for i, log in enumerate(policy.logs))
+    for name, replica, log in logs:
+        rows = log.step_columns()
         count, first_ps, growth_ps = rows["num_steps"], rows["first_step_ps"], rows["step_growth_ps"]
         times_ps = {"start": rows["start_ps"], "first_step": first_ps, "step_growth": growth_ps}
         times_ps["duration"] = count * first_ps + growth_ps * (count * (count - 1) // 2)
         data: dict[str, Any] = {"policy": name, **{f"{key}_s": value / PS_PER_S for key, value in times_ps.items()}}
         data |= {key: value for key, value in rows.items() if not key.endswith("_ps")}
+        if result.policies[name].replicas:
+            data["replica"] = replica
         parts.append(pd.DataFrame(data))
     return pd.concat(parts, ignore_index=True)
 

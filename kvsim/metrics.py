@@ -7,7 +7,7 @@ report it. Percentiles are nearest-rank (see `estimators`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -17,7 +17,7 @@ from kvsim.errors import InputError, KvsimError
 from kvsim.estimators import Distribution, Intervals, QueueGrowth, distribution, queue_growth
 from kvsim.gaps import gap_rows
 from kvsim.recording import RunLog
-from kvsim.timeline import timeline
+from kvsim.timeline import joined, most_at_once, timeline
 from kvsim.units import PS_PER_S, ps
 
 SLO_METRICS = ("ttft", "tpot", "e2e", "queue", "itl")
@@ -73,9 +73,9 @@ class Summary:
     max_waiting_requests: int
     utilisation_frac: float
     mean_held_units: float
-    """Each run of steps at what it holds at its end."""
+    """Each run of steps at what it holds at its end; of all replicas together."""
     peak_held_units: int
-    """Over the whole run."""
+    """Over the whole run; of several replicas the most that they hold together."""
     num_preemptions: int
     """Over the whole run."""
 
@@ -99,8 +99,14 @@ class Gains:
     e2e_x: float
 
 
-def summarize(log: RunLog, *, warmup_requests: int, slo: Mapping[str, float]) -> Summary:
-    """Raise InputError for an unknown SLO key or a warm-up that leaves nothing, KvsimError if no request finished."""
+def summarize(
+    log: RunLog, *, warmup_requests: int, slo: Mapping[str, float], replicas: Sequence[RunLog] = ()
+) -> Summary:
+    """Raise InputError for an unknown SLO key or a warm-up that leaves nothing, KvsimError if no request finished.
+
+    replicas: the logs that `log` has been merged from (`kvsim.fleet_log`), where several replicas served the requests. Batches
+    are then those of one replica, queues and held units those of all together, and utilisation is the mean.
+    """
     check_slo(slo)
     if not len(log.requests):
         raise KvsimError("no request finished, so there is nothing to measure")
@@ -129,7 +135,7 @@ def summarize(log: RunLog, *, warmup_requests: int, slo: Mapping[str, float]) ->
     goodput = _goodput_frac(latency_ps, several, slo)
     running = Intervals(everyone["scheduled_ps"], everyone["finish_ps"], from_ps, until_ps)
     in_system = Intervals(everyone["arrival_ps"], everyone["finish_ps"], from_ps, until_ps)
-    runs = timeline(log)
+    runs = joined([timeline(each) for each in replicas or (log,)])
     busy_ps = runs.overlap_ps(from_ps, until_ps).astype(float)
 
     return Summary(
@@ -148,8 +154,10 @@ def summarize(log: RunLog, *, warmup_requests: int, slo: Mapping[str, float]) ->
         mean_running_requests=running.mean(),
         max_running_requests=running.max(),
         mean_waiting_requests=float(busy_ps @ runs.num_waiting) / PS_PER_S / duration_s,
-        max_waiting_requests=_largest(runs.num_waiting, busy_ps),
-        utilisation_frac=float(busy_ps.sum()) / PS_PER_S / duration_s,
+        max_waiting_requests=(
+            most_at_once(runs, runs.num_waiting, from_ps, until_ps) if replicas else _largest(runs.num_waiting, busy_ps)
+        ),
+        utilisation_frac=float(busy_ps.sum()) / PS_PER_S / duration_s / max(len(replicas), 1),
         mean_held_units=float(busy_ps @ runs.held_units) / PS_PER_S / duration_s,
         peak_held_units=log.peak_held_units,
         num_preemptions=log.num_preemptions,

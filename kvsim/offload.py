@@ -11,7 +11,7 @@ What transfers add to compute is entered as "copy". Within a layer group all lay
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from kvsim.cost import DecodeState, StepCosts
 from kvsim.cost_types import Chunk
@@ -220,6 +220,11 @@ class OffloadCosts(StepCosts):
             for part, value in found.items():
                 parts[part] = parts.get(part, 0) + round(layers * times * value * PS_PER_S)
         return Price({part: value for part, value in parts.items() if value})
+
+    def twin(self) -> Self:
+        new = super().twin()
+        new.blocks = _Memo(lambda *size: self.blocks[size].twin())
+        return new
 
     def paid(self) -> dict[Part, int]:
         times = super().paid()

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 from kvsim.cost_types import Chunk
 from kvsim.curves import Curve
@@ -40,6 +41,10 @@ class Price:
         self.times += 1
         return self.total_ps
 
+    def twin(self) -> Price:
+        """The same, never paid."""
+        return Price(self.parts)
+
 
 class BatchTable:
     """Everything that depends on the number of decoding sequences alone.
@@ -66,6 +71,18 @@ class BatchTable:
             self.lone = attention[0].plus(others[0][1])
         before, self.floor_ps, after = host_ps
         self.host_ps = before + after
+
+    def twin(self) -> BatchTable:
+        """The same with accounts of its own."""
+        new = copy(self)
+        new.fixed = self.fixed.twin()
+        curves = {id(curve): curve.twin() for _, curve in self.curves}
+        new.attention = [curves[id(curve)] for curve in self.attention]
+        new.others = [(i, curves[id(curve)]) for i, curve in self.others]
+        new.curves = [*enumerate(new.attention), *new.others]
+        if self.lone is not None:
+            new.lone = new.attention[0] if self.lone is self.attention[0] else self.lone.twin()
+        return new
 
 
 class _Memo(dict[Any, Any]):
@@ -272,6 +289,18 @@ class Prices:
         return Curve(knots, {last[label]: seconds for label, seconds in by_label.items()})
 
     # -- account --------------------------------------------------------------------------------------------------
+
+    def twin(self) -> Self:
+        """The same prices, worked out once for both, with an account of its own."""
+        new = copy(self)
+        new.linear = _Memo(lambda num_tokens: self.linear[num_tokens].twin())
+        new.head = _Memo(lambda num_sampled: self.head[num_sampled].twin())
+        new.prefill_policy = _Memo(lambda *tokens: self.prefill_policy[tokens].twin())
+        new.compression = _Memo(lambda *tokens: self.compression[tokens].twin())
+        new.tables = _Memo(lambda batch: self.tables[batch].twin())
+        new.actions = _Memo(lambda policy: self.actions[policy].twin())
+        new.pool_price = self.pool_price.twin()
+        return new
 
     def paid(self) -> dict[Part, int]:
         """Picoseconds by part of everything paid by price or curve so far."""

@@ -58,6 +58,8 @@ class RunLog:
     peak_held_units: int = 0
     units_allocated: int = 0
     units_freed: int = 0
+    num_replicas: int = 1
+    """Above 1: the rows of several replicas together (`kvsim.fleet_log`), the steps of one after those of another."""
 
     def request_columns(self) -> Mapping[str, np.ndarray]:
         """Columns by name, int64, one entry for each finished request, in order of completion."""

@@ -1,10 +1,11 @@
-"""Requests, and the two sources a simulation takes them from: an open loop and a closed loop.
+"""Requests, and the sources a simulation takes them from: an open loop, its lanes, and a closed loop.
 
 A source is asked hundreds of thousands of times in a few seconds, so its state is plain attributes and integers.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 
@@ -155,3 +156,39 @@ class ClosedLoop(RequestSource):
             self._left[client] -= 1
             heappush(self._waiting, (now_ps + self._think_ps, client))
             self.next_arrival_ps = self._waiting[0][0]
+
+
+class Lane(RequestSource):
+    """One replica's part of an open loop, split by a router whose choices depend on nothing that replicas do."""
+
+    def __init__(self, split: Split, number: int) -> None:
+        self.hash_block_tokens = split.source.hash_block_tokens
+        self._split, self._number = split, number
+        self._advance()
+
+    def _advance(self) -> None:
+        self.next_arrival_ps = self._split.next_arrival_ps(self._number)
+        self.exhausted = self.next_arrival_ps is None
+
+    def take(self) -> Request:
+        request = self._split.queues[self._number].popleft()
+        self._advance()
+        return request
+
+
+class Split:
+    """Routes the requests of an open loop as far ahead as some lane looks.
+
+    choose: picoseconds of an arrival → number of its lane; asked once for each request, in order.
+    """
+
+    def __init__(self, source: RequestSource, choose: Callable[[int], int], num_lanes: int) -> None:
+        self.source, self._choose = source, choose
+        self.queues: list[deque[Request]] = [deque() for _ in range(num_lanes)]
+        self.lanes = [Lane(self, number) for number in range(num_lanes)]
+
+    def next_arrival_ps(self, number: int) -> int | None:
+        queue, source = self.queues[number], self.source
+        while not queue and source.next_arrival_ps is not None:
+            self.queues[self._choose(source.next_arrival_ps)].append(source.take())
+        return queue[0].arrival_ps if queue else None

@@ -59,8 +59,34 @@ class Bands:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaResult:
+    """One replica's part in a fleet. Rates and averages are over the fleet's measured window, requests those counted there."""
+
+    group: str
+    description: str
+    """Of the policies that it runs."""
+    log: RunLog
+    ledger: tuple[LedgerLine, ...]
+    pool_units: int
+    unit_bytes: int
+    """Of its own units: groups may differ."""
+    num_requests: int
+    share_frac: float
+    """Of the fleet's requests."""
+    output_tokens_per_s: float
+    """Of the requests that it answered."""
+    utilisation_frac: float
+    mean_decode_batch_sequences: float
+    peak_held_units: int
+    num_preemptions: int
+    mean_ttft_s: float
+    mean_e2e_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyResult:
-    """One policy's simulation."""
+    """One policy's simulation. Of a fleet: `log` is its replicas' logs merged, in units of `unit_bytes`; the pool is theirs together,
+    of one GPU each; the ledger is the first replica's."""
 
     name: str
     description: str
@@ -78,6 +104,19 @@ class PolicyResult:
     """The published figure nearest to the policy, budget and model (`kvsim.quality`); None where there is none."""
     pool_gpu_frac: float = 1.0
     """Share of the cache that lies in GPU memory."""
+    replicas: tuple[ReplicaResult, ...] = ()
+    """Empty where there is one."""
+
+    @property
+    def logs(self) -> tuple[RunLog, ...]:
+        """Of each replica."""
+        return tuple(replica.log for replica in self.replicas) or (self.log,)
+
+    @property
+    def imbalance_x(self) -> float:
+        """Busy time of the busiest replica over the mean; 1 is even, and with nothing to compare."""
+        busy = [replica.utilisation_frac for replica in self.replicas]
+        return max(busy) * len(busy) / sum(busy) if sum(busy) else 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from kvsim.engines import ENGINES, Engine
 from kvsim.errors import InputError
 from kvsim.frozen import Frozen
 from kvsim.policies import POLICIES, Policy
+from kvsim.routers import AnyRouter, RoundRobin
 from kvsim.scenario_errors import input_error
 from kvsim.workload import WorkloadConfig
 from kvsim.yaml_text import parse_yaml
@@ -28,6 +29,28 @@ if TYPE_CHECKING:
 else:
     AnyPolicy = Annotated[reduce(or_, POLICIES), Field(discriminator="kind")]
     AnyEngine = Annotated[reduce(or_, ENGINES), Field(discriminator="kind")]
+
+
+MAX_REPLICAS = 1000
+"""Of a scenario: more is a mistake in most files, and each has tables of its own."""
+
+
+class ReplicaGroup(Frozen):
+    """Replicas of a mixed fleet that are alike. What a group leaves out is as the scenario says."""
+
+    name: str = Field("", description="in reports; default: its GPU")
+    replicas: int = Field(1, ge=1, le=MAX_REPLICAS, description="how many there are of them")
+    weight: float = Field(
+        1.0, ge=1e-3, le=1e3, description="work that each shall get, relative to the other groups' replicas"
+    )
+    gpu: str | None = Field(None, description="as the scenario's field")
+    tensor_parallel: int | None = Field(None, ge=1, le=8, description="as the scenario's field")
+    weight_dtype: WeightDtype | None = Field(None, description="as the scenario's field")
+    profile: str | None = Field(None, description="as the scenario's field")
+    engine: AnyEngine | None = Field(None, description="a whole engine block, in place of the scenario's")
+    policy: list[AnyPolicy] | None = Field(
+        None, description="a composition that these replicas keep, whichever of the scenario's policies the others run"
+    )
 
 
 class Scenario(Frozen):
@@ -45,6 +68,9 @@ class Scenario(Frozen):
     engine: AnyEngine = Field(description="the serving engine and its settings")
     workload: WorkloadConfig = Field(description="traffic")
     policies: dict[str, list[AnyPolicy]] = Field(description="compositions of policies to compare, by name")
+    replicas: int = Field(1, ge=1, le=MAX_REPLICAS, description="engines that serve the traffic together, behind a router")
+    router: AnyRouter = Field(RoundRobin(), description="which replica a request goes to")
+    fleet: list[ReplicaGroup] = Field([], description="groups of unlike replicas, in place of `replicas`")
     slo: dict[str, Annotated[float, Field(strict=True)]] = Field({}, description="latency limits such as ttft_p99_s: 2.0")
     base_dir: Path = Field(Path(), exclude=True)
 

@@ -98,6 +98,8 @@ def default_text(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, tuple):
         return f"({', '.join(f'{item:.3g}' for item in value[:2])}, ... {len(value)} in all)"
-    if value is None or value == {}:
+    if value is None or value in ({}, []):
         return "none"
+    if isinstance(value, BaseModel):
+        return f"{{kind: {kind_of(type(value))}}}"
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value) or "empty"

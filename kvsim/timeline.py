@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -41,7 +42,25 @@ class Timeline:
         return np.diff(area) / np.maximum(np.diff(edges_ps), 1)
 
 
+def joined(runs: Sequence[Timeline]) -> Timeline:
+    """Those of several replicas, one after the other: no longer in order of time, which sums and averages do not need."""
+    if len(runs) == 1:
+        return runs[0]
+    columns = (np.concatenate([getattr(each, field.name) for each in runs]) for field in fields(Timeline))
+    return Timeline(*columns)
+
+
+def most_at_once(runs: Timeline, values: np.ndarray, from_ps: int, until_ps: int) -> int:
+    """The greatest sum, at any instant inside [from_ps, until_ps), of the values of the runs under way."""
+    start, end = np.clip(runs.start_ps, from_ps, until_ps), np.clip(runs.end_ps, from_ps, until_ps)
+    times, changes = np.concatenate([end, start]), np.concatenate([-values, values])
+    order = np.argsort(times, kind="stable")  # what ends in an instant goes before what begins
+    return int(np.cumsum(changes[order]).max(initial=0))
+
+
 def timeline(log: RunLog) -> Timeline:
+    """Of one replica: ask for each one's where there are several."""
+    assert log.num_replicas == 1
     steps = log.step_columns()
     start, num = steps["start_ps"], steps["num_steps"]
     duration = num * steps["first_step_ps"] + steps["step_growth_ps"] * (num * (num - 1) // 2)

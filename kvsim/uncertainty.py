@@ -15,7 +15,7 @@ from multiprocessing import get_context
 
 import numpy as np
 
-from kvsim.api import build_plan, deploy, run_policy
+from kvsim.api import Deployment, build_plan, deploy, run_policy
 from kvsim.errors import KvsimError
 from kvsim.metrics import Gains, Summary, gains
 from kvsim.profile import biased, draw_biases
@@ -76,12 +76,18 @@ def _bands(values: list[Mapping[str, float]]) -> Bands:
     return Bands(len(values), bands)
 
 
+def _drawn(deployment: Deployment, seed: int, number: int) -> Deployment:
+    """With the profile of every group biased. Groups draw alike, so that those of one GPU have one error."""
+    rng = np.random.default_rng([_STREAM, seed, number])
+    factors = draw_biases(deployment.profile.log_biases, rng)
+    groups = tuple(group._replace(deployment=_drawn(group.deployment, seed, number)) for group in deployment.groups)
+    return deployment._replace(profile=biased(deployment.profile, factors), groups=groups)
+
+
 def _simulate_draw(scenario: Scenario, number: int) -> _Draw:
     """Every policy under one draw of biases. A policy that fails in a draw only (it thrashes) is left out of that draw."""
     deployment = deploy(scenario)
-    rng = np.random.default_rng([_STREAM, scenario.workload.seed, number])
-    factors = draw_biases(deployment.profile.log_biases, rng)
-    drawn = deployment._replace(profile=biased(deployment.profile, factors))
+    drawn = _drawn(deployment, scenario.workload.seed, number)
     values: dict[str, Mapping[str, float]] = {}
     baseline: Summary | None = None
     for name, policies in scenario.policies.items():

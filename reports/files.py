@@ -23,7 +23,7 @@ from kvsim.reports.folder import all_or_nothing, check_writable
 from kvsim.reports.names import RUN_NAMES, TIMELINE_FILE
 from kvsim.reports.timeline_file import bins_of, write_timeline
 from kvsim.reports.verdict import verdict, warnings
-from kvsim.result import Result
+from kvsim.result import PolicyResult, ReplicaResult, Result
 from kvsim.units import PS_PER_S
 
 SCHEMA_VERSION = 1
@@ -106,6 +106,9 @@ def summary_data(result: Result) -> dict[str, Any]:
         }
         for name, policy in result.policies.items()
     }
+    for name, policy in result.policies.items():
+        if policy.replicas:
+            policies[name] |= {"replicas": _replicas(policy), "imbalance_x": policy.imbalance_x}
     data = {
         "schema_version": SCHEMA_VERSION,
         "title": result.title,
@@ -121,6 +124,23 @@ def summary_data(result: Result) -> dict[str, Any]:
         "verdict": verdict(result),
     }
     return _plain(data)
+
+
+def _replicas(policy: PolicyResult) -> list[dict[str, Any]]:
+    """All of them but their logs."""
+    names = [field.name for field in fields(ReplicaResult) if field.name != "log"]
+    return [{name: getattr(replica, name) for name in names} for replica in policy.replicas]
+
+
+def replica_numbers(policy: PolicyResult) -> np.ndarray:
+    """Which replica served each request, int64, in order of arrival."""
+    indices = [replica.log.request_columns()["index"] for replica in policy.replicas]
+    numbers = np.repeat(np.arange(len(indices)), [len(index) for index in indices])
+    return numbers[np.argsort(np.concatenate(indices), kind="stable")]
+
+
+def _has_replicas(result: Result) -> bool:
+    return any(policy.replicas for policy in result.policies.values())
 
 
 def request_columns(log: RunLog, warmup_requests: int) -> dict[str, np.ndarray]:
@@ -141,12 +161,16 @@ def request_columns(log: RunLog, warmup_requests: int) -> dict[str, np.ndarray]:
 
 
 def write_requests_csv(result: Result, path: Path) -> None:
-    """One row per request and policy; times in seconds with twelve decimals, which is exact."""
+    """One row per request and policy; times in seconds with twelve decimals, which is exact. Of a fleet: and the replica."""
+    fleet = _has_replicas(result)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(REQUEST_COLUMNS)
+        writer.writerow((*REQUEST_COLUMNS, "replica") if fleet else REQUEST_COLUMNS)
         for name, policy in result.policies.items():
-            writer.writerows(_csv_rows(name, request_columns(policy.log, result.warmup_requests)))
+            rows = _csv_rows(name, request_columns(policy.log, result.warmup_requests))
+            if fleet:
+                rows = ((*row, number) for row, number in zip(rows, replica_numbers(policy).tolist(), strict=True))
+            writer.writerows(rows)
 
 
 def _csv_rows(policy: str, columns: Mapping[str, np.ndarray]) -> Iterator[tuple[object, ...]]:
@@ -170,7 +194,8 @@ def write_requests_parquet(result: Result, path: Path) -> None:
     pa, pq = _pyarrow()
     times = [(f"{name}_s", pa.float64()) for name in TIMES]
     counts = [(name, pa.int64()) for name in COUNTS]
-    schema = pa.schema([("policy", pa.string()), ("index", pa.int64()), ("is_warmup", pa.bool_()), *times, *counts])
+    replica = [("replica", pa.int64())] if _has_replicas(result) else []
+    schema = pa.schema([("policy", pa.string()), ("index", pa.int64()), ("is_warmup", pa.bool_()), *times, *counts, *replica])
     with pq.ParquetWriter(path, schema) as writer:
         for name, policy in result.policies.items():
             columns = request_columns(policy.log, result.warmup_requests)
@@ -178,6 +203,7 @@ def write_requests_parquet(result: Result, path: Path) -> None:
             arrays.append(pa.array(columns["is_warmup"].astype(bool)))
             arrays += [pa.array(columns[time] / PS_PER_S, mask=columns[time] < 0) for time in TIMES]
             arrays += [pa.array(columns[count]) for count in COUNTS]
+            arrays += [pa.array(replica_numbers(policy)) for _ in replica]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 

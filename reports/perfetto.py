@@ -1,4 +1,4 @@
-"""A run as a Chrome trace-event file for https://ui.perfetto.dev: a process per policy.
+"""A run as a Chrome trace-event file for https://ui.perfetto.dev: a process per policy, or per replica of a fleet.
 
 Format: "Trace Event Format", Google, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 Times are cut to whole nanoseconds, Perfetto's own resolution, at both ends, so that neighbours never overlap.
@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ ENGINE_THREAD = 1
 
 
 def write_trace(result: Result, path: Path, *, max_requests: int = 1000) -> None:
-    """Stream the trace to `path`, compressed if it ends in .gz, with the first max_requests arrivals of each policy."""
+    """Stream the trace to `path`, compressed if it ends in .gz, with the first max_requests arrivals of each process."""
     with path.open("wb") as raw:
         if path.suffix == ".gz":
             with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
@@ -33,12 +34,22 @@ def write_trace(result: Result, path: Path, *, max_requests: int = 1000) -> None
 def _write(result: Result, file: io.TextIOWrapper, max_requests: int) -> None:
     file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
     separator = ""
-    for process, policy in enumerate(result.policies.values(), start=1):
+    for process, policy in enumerate(_tracks(result), start=1):
         for event in events(policy, process, max_requests, result.warmup_requests):
             file.write(separator + event)
             separator = ",\n"
     file.write("\n]}\n")
     file.detach().flush()
+
+
+def _tracks(result: Result) -> Iterator[PolicyResult]:
+    """Each policy, or each replica of a fleet by itself."""
+    for policy in result.policies.values():
+        if not policy.replicas:
+            yield policy
+        for number, replica in enumerate(policy.replicas):
+            name = f"{policy.name}, replica {number}" + (f" ({replica.group})" if replica.group else "")
+            yield replace(policy, name=name, log=replica.log, pool_units=replica.pool_units, unit_bytes=replica.unit_bytes)
 
 
 def events(policy: PolicyResult, process: int, max_requests: int, warmup_requests: int = 0) -> Iterator[str]:

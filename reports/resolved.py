@@ -42,6 +42,9 @@ def resolved(scenario: Scenario) -> Iterator[RenderableType]:
         ("workload", scenario.workload.describe()),
         ("profile", scenario.profile),
     ]
+    if deployment.groups:
+        fleet = (f"{g.replicas} x ({g.deployment.tp} x {g.deployment.gpu.name}, {g.deployment.engine.kind})" for g in deployment.groups)  # type: ignore[attr-defined]
+        facts.append(("replicas", f"{' + '.join(fleet)}, router {scenario.router.kind}; below: one of the first kind"))
     yield Text(scenario.name or f"{model.name} on {gpu.name}", style="bold")
     width = max(len(name) for name, _ in facts) + 2
     for name, text in facts:

@@ -87,7 +87,7 @@ def _sections(run: SavedRun, with_charts: bool) -> Iterator[Section]:
         "latency", "Latency", run_tables.latency(result), drawn.get("latency_cdf"), Prose((NO_REQUESTS,)) if missing else None,
         run_tables.means(result), run_tables.slo(result),
     )  # fmt: skip
-    yield from section("capacity", "Capacity", run_tables.capacity(result))
+    yield from section("capacity", "Capacity", run_tables.capacity(result), run_tables.replicas(result))
     yield from section("gains", "Gains", run_tables.gains(result), drawn.get("gains"), run_tables.bands(result))
     yield from section("quality", "Quality", run_tables.quality(result))
     missing = with_charts and run.bins is None

@@ -66,6 +66,29 @@ def capacity(result: Result) -> Table:
     return by_policy("capacity", "Throughput, batch and memory", result, columns)
 
 
+def replicas(result: Result) -> Table | None:
+    """A row for each policy and replica of a fleet."""
+    found = [(name, i, one) for name, policy in result.policies.items() for i, one in enumerate(policy.replicas)]
+    if not found:
+        return None
+    units = {name: time_unit(getattr(one, f"mean_{name}_s") for _, _, one in found) for name in ("ttft", "e2e")}
+    rows = tuple(
+        (
+            text(f"{name}, {i}"), text(one.group), count(one.num_requests), portion(one.share_frac), portion(one.utilisation_frac),
+            quantity(one.output_tokens_per_s), quantity(one.mean_decode_batch_sequences),
+            portion(one.peak_held_units / one.pool_units), count(one.num_preemptions),
+            quantity(one.mean_ttft_s, units["ttft"][1]), quantity(one.mean_e2e_s, units["e2e"][1]),
+        )
+        for name, i, one in found
+    )  # fmt: skip
+    columns = (
+        Column("policy, replica"), Column("group"), Column("requests"), Column("share", "%"), Column("busy", "%"),
+        Column("output", "tokens/s"), Column("batch, mean"), Column("peak KV", "% of pool"), Column("preemptions"),
+        Column("TTFT mean", units["ttft"][0]), Column("E2E mean", units["e2e"][0]),
+    )  # fmt: skip
+    return Table("replicas", "Replicas", columns, rows, "What each replica behind the router had of the work.")
+
+
 def gains(result: Result) -> Table | None:
     found, baseline = gains_over_baseline(result), result.baseline
     if baseline is None or len(found) < 2:

@@ -18,7 +18,7 @@ from kvsim.recording import RunLog
 from kvsim.reports.names import PLAN_FILE, REQUEST_FILES, RUN_FILE, TIMELINE_FILE
 from kvsim.reports.requests_file import read_requests
 from kvsim.reports.timeline_file import Bins, bins_of, read_timeline
-from kvsim.result import Bands, Basis, LedgerLine, PolicyResult, Result
+from kvsim.result import Bands, Basis, LedgerLine, PolicyResult, ReplicaResult, Result
 
 SCHEMA_VERSION = 1
 """Of summary.json; plan.json has that of PlanResult."""
@@ -133,6 +133,32 @@ class _Loose(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
+class _Replica(_Loose):
+    group: str
+    description: str
+    ledger: tuple[LedgerLine, ...]
+    pool_units: int
+    unit_bytes: int
+    num_requests: int
+    share_frac: float
+    output_tokens_per_s: float
+    utilisation_frac: float
+    mean_decode_batch_sequences: float
+    peak_held_units: int
+    num_preemptions: int
+    mean_ttft_s: float
+    mean_e2e_s: float
+
+    @field_validator("mean_ttft_s", "mean_e2e_s", mode="before")
+    @classmethod
+    def _nan(cls, value: Any) -> Any:
+        return NAN if value is None else value
+
+    def result(self) -> ReplicaResult:
+        """Without its log."""
+        return ReplicaResult(log=RunLog(), **{name: getattr(self, name) for name in type(self).model_fields})
+
+
 class _Policy(_Loose):
     description: str
     summary: Summary
@@ -144,6 +170,7 @@ class _Policy(_Loose):
     notes: tuple[str, ...]
     error_bands: Bands | None
     published_quality: PublishedQuality | None = None
+    replicas: tuple[_Replica, ...] = ()
 
     @field_validator("summary", mode="before")
     @classmethod
@@ -173,6 +200,7 @@ def _result(data: dict[str, Any], logs: Mapping[str, RunLog]) -> Result:
         name: PolicyResult(
             name, policy.description, policy.summary, logs[name], policy.ledger, policy.pool_units, policy.unit_bytes,
             policy.kv_bytes_per_sequence, policy.basis, policy.notes, policy.published_quality,
+            replicas=tuple(replica.result() for replica in policy.replicas),
         )
         for name, policy in run.policies.items()
     }  # fmt: skip

@@ -51,6 +51,9 @@ def _title(result: Result) -> Iterable[RenderableType]:
     kind = engine.get("kind") if isinstance(engine, Mapping) else engine
     some = next(iter(result.policies.values())).summary
     facts = [str(fact) for fact in (scenario.get("gpu"), scenario.get("model"), kind) if isinstance(fact, str)]
+    replicas = len(next(iter(result.policies.values())).replicas)
+    if replicas:
+        facts.append(f"{replicas} replicas")
     facts.append(f"{some.num_requests:,} requests counted after {some.num_warmup_requests:,} of warm-up")
     facts.append(f"seed {result.seed}")
     yield Text(result.title, style="bold")
@@ -99,6 +102,31 @@ def _capacity(result: Result) -> Iterable[RenderableType]:
         columns.append(("good-\nput %", [percent(p.summary.goodput_frac) for p in policies]))
         columns.append(("good\nreq/s", [number(p.summary.goodput_requests_per_s) for p in policies]))
     yield policy_table("Capacity", result, columns)
+
+
+def _replicas(result: Result) -> Iterable[RenderableType]:
+    """What each replica of a fleet had of the work; nothing where there is one."""
+    for name, policy in result.policies.items():
+        if not policy.replicas:
+            continue
+        unit, scale = time_unit(replica.mean_ttft_s for replica in policy.replicas)
+        e2e_unit, e2e_scale = time_unit(replica.mean_e2e_s for replica in policy.replicas)
+        groups = len({replica.group for replica in policy.replicas}) > 1
+        rows = [
+            (
+                str(i), *([replica.group] if groups else []), f"{replica.num_requests:,}", percent(replica.share_frac),
+                percent(replica.utilisation_frac), number(replica.output_tokens_per_s),
+                number(replica.mean_decode_batch_sequences), percent(replica.peak_held_units, replica.pool_units),
+                f"{replica.num_preemptions:,}", number(replica.mean_ttft_s / scale), number(replica.mean_e2e_s / e2e_scale),
+            )
+            for i, replica in enumerate(policy.replicas)
+        ]  # fmt: skip
+        heads = (
+            "replica", *(["group"] if groups else []), "requests", "% of\nrequests", "busy\n% of time", "output\ntok/s",
+            "batch\nmean", "peak KV\n% of pool", "preemp-\ntions", f"TTFT, {unit}\nmean", f"E2E, {e2e_unit}\nmean",
+        )  # fmt: skip
+        title = f"Replicas under {name} (busiest: {factor(policy.imbalance_x)} the mean busy time)"
+        yield plain_table(title, heads, rows, right=True)
 
 
 def _gains(result: Result) -> Iterable[RenderableType]:
@@ -169,7 +197,11 @@ def _time(result: Result) -> Iterable[RenderableType]:
 def _ledger(result: Result) -> Iterable[RenderableType]:
     """The baseline's lines (or the first policy's), and how the others differ from it."""
     ledgers = {name: policy.ledger for name, policy in result.policies.items()}
-    yield from ledger_differences(ledgers, result.baseline or next(iter(ledgers)))
+    shown = result.baseline or next(iter(ledgers))
+    yield from ledger_differences(ledgers, shown)
+    by_group = {replica.group: replica.ledger for replica in reversed(result.policies[shown].replicas)}
+    if len(by_group) > 1:
+        yield from ledger_differences(dict(reversed(by_group.items())), result.policies[shown].replicas[0].group)
 
 
 def _full_ledger(result: Result) -> Iterable[RenderableType]:
@@ -233,6 +265,7 @@ SECTIONS: dict[str, Callable[[Result], Iterable[RenderableType]]] = {
     "latency": _latency,
     "means": _means,
     "capacity": _capacity,
+    "replicas": _replicas,
     "gains": _gains,
     "bands": _bands,
     "slo": _slo,

@@ -29,13 +29,19 @@ class Bins:
 
 
 def bins_of(policy: PolicyResult) -> Bins:
-    """Idle time counts as zero; no bins where nothing ran."""
-    runs = timeline(policy.log)
-    if not len(runs.start_ps):
+    """Idle time counts as zero; no bins where nothing ran. Of a fleet: all replicas together."""
+    runs = [timeline(log) for log in policy.logs]
+    busy = [each for each in runs if len(each.start_ps)]
+    if not busy:
         return Bins(np.empty(0), {name: np.empty(0) for name in VALUES})
-    edges_ps = np.linspace(int(runs.start_ps[0]), int(runs.end_ps[-1]), NUM_BINS + 1)
-    over_time = (runs.num_decodes, runs.num_waiting, runs.held_units / max(policy.pool_units, 1))
-    values = {name: runs.binned(value, edges_ps) for name, value in zip(VALUES, over_time, strict=True)}
+    start_ps, end_ps = min(int(each.start_ps[0]) for each in busy), max(int(each.end_ps[-1]) for each in busy)
+    edges_ps = np.linspace(start_ps, end_ps, NUM_BINS + 1)
+    units = [replica.unit_bytes // policy.unit_bytes for replica in policy.replicas] or [1]
+    values = {name: np.zeros(NUM_BINS) for name in VALUES}
+    for each, size in zip(runs, units, strict=True):
+        over_time = (each.num_decodes, each.num_waiting, size * each.held_units / max(policy.pool_units, 1))
+        for name, value in zip(VALUES, over_time, strict=True):
+            values[name] += each.binned(value, edges_ps)
     return Bins((edges_ps[1:] + edges_ps[:-1]) / 2 / PS_PER_S, values)
 
 

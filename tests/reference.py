@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, NamedTuple
 
 from kvsim.api import build_plan, deploy, run_policy
@@ -709,57 +710,69 @@ class RefResult:
     peak_units: int = 0
 
 
-def simulate_reference(
-    engine: Engine, plan: CachePlan, pool: RefPool, source: RequestSource, costs: StepCosts,
-    contended: StepCosts | None = None,
-) -> RefResult:  # fmt: skip
-    """Every step of serving `source`. contended: costs while a side stream is busy; None where policies act in the step."""
-    cache, result, now, side_busy_until = RefCache(plan), RefResult(), 0, 0
-    scheduler = SCHEDULERS[engine.kind](engine, pool, cache, costs.model)
-    while True:
-        while source.next_arrival_ps is not None and source.next_arrival_ps <= now:
-            scheduler.arrive(source.take())
-        step = scheduler.schedule()
-        if step is None:
-            if source.next_arrival_ps is not None:
-                now = source.next_arrival_ps
-                continue
-            if scheduler.waiting or scheduler.swapped:
-                raise StuckError(f"{len(scheduler.waiting)} wait, {len(scheduler.swapped)} are swapped out, none fits")
-            break
+class RefReplica:
+    """One engine, asked to begin a step and told when it has ended.
 
+    contended: costs while a side stream is busy; None where policies act in the step.
+    """
+
+    def __init__(
+        self, engine: Engine, plan: CachePlan, pool: RefPool, source: RequestSource, costs: StepCosts,
+        contended: StepCosts | None = None,
+    ) -> None:  # fmt: skip
+        self.plan, self.pool, self.source, self.costs, self.contended = plan, pool, source, costs, contended
+        self.result, self.side_busy_until = RefResult(), 0
+        self.scheduler = SCHEDULERS[engine.kind](engine, pool, RefCache(plan), costs.model)
+        self.inbox: list[Request] = []  # routed here during the step under way
+        self.step: RefStep | None = None
+        self.started_ps, self.ends_ps = 0, 0
+
+    def begin(self, now: int) -> bool:
+        """At a boundary; whether there is a step to do."""
+        scheduler, costs, contended, pool = self.scheduler, self.costs, self.contended, self.pool
+        for request in self.inbox:
+            scheduler.arrive(request)
+        self.inbox.clear()
+        step = self.step = scheduler.schedule()
+        if step is None:
+            return False
         # What the step costs.
-        current = contended if contended is not None and now < side_busy_until else costs
-        state = RefState(cache, step.decoding) if step.decoding else None
-        ending = [seq for seq, chunk in step.chunks if chunk.prior_tokens + chunk.new_tokens == seq.prefill_tokens]
-        compressed = [
-            (seq.prompt_tokens, seq.prefill_tokens) for seq in ending if seq.generated + 1 < seq.output_tokens
+        current = contended if contended is not None and now < self.side_busy_until else costs
+        state = RefState(scheduler.cache, step.decoding) if step.decoding else None
+        self.ending = [seq for seq, chunk in step.chunks if chunk.prior_tokens + chunk.new_tokens == seq.prefill_tokens]
+        self.compressed = [
+            (seq.prompt_tokens, seq.prefill_tokens) for seq in self.ending if seq.generated + 1 < seq.output_tokens
         ]
         if step.chunks:
             duration = current.prefill_step(
-                state, [chunk for _, chunk in step.chunks], len(step.decoding) + len(ending),
-                compressed if contended is None else [],
+                state, [chunk for _, chunk in step.chunks], len(step.decoding) + len(self.ending),
+                self.compressed if contended is None else [],
             )  # fmt: skip
         else:
             assert state is not None
             duration = current.decode_step(state)
         if step.moved_units:
-            answer = costs.profile.answer(Copy("host", step.moved_units * plan.unit_bytes))
+            answer = costs.profile.answer(Copy("host", step.moved_units * self.plan.unit_bytes))
             moved_ps = round(answer.seconds * PS_PER_S)
             costs.spend_transfer(moved_ps, answer)
             duration += moved_ps
-        result.steps.append(
+        self.result.steps.append(
             StepRecord(
-                now, duration, len(step.decoding), sum(chunk.new_tokens for _, chunk in step.chunks), len(ending),
+                now, duration, len(step.decoding), sum(chunk.new_tokens for _, chunk in step.chunks), len(self.ending),
                 pool.capacity - pool.free,
             )
         )  # fmt: skip
+        self.started_ps, self.ends_ps = now, now + duration
+        return True
 
-        # The step ends.
-        started, now = now, now + duration
-        if contended is not None:
-            for prompt_tokens, prefill_tokens in compressed:  # one after the other, once the prefill is done
-                side_busy_until = max(side_busy_until, now) + contended.side_ps(prompt_tokens, prefill_tokens)
+    def end(self) -> None:
+        """The step ends, at `ends_ps`."""
+        step, now, scheduler, result, source = self.step, self.ends_ps, self.scheduler, self.result, self.source
+        assert step is not None
+        self.step = None
+        if self.contended is not None:
+            for prompt_tokens, prefill_tokens in self.compressed:  # one after the other, once the prefill is done
+                self.side_busy_until = max(self.side_busy_until, now) + self.contended.side_ps(prompt_tokens, prefill_tokens)
         for seq in step.decoding:
             _token(seq, now, result)
             if seq.generated == seq.output_tokens:
@@ -769,8 +782,8 @@ def simulate_reference(
         for seq, chunk in step.chunks:
             seq.computed_tokens += chunk.new_tokens
             if seq.scheduled_ps < 0:
-                seq.scheduled_ps = started
-            pool.computed(seq)
+                seq.scheduled_ps = self.started_ps
+            self.pool.computed(seq)
             if seq.computed_tokens < seq.prefill_tokens:
                 continue
             _token(seq, now, result)
@@ -778,12 +791,104 @@ def simulate_reference(
                 _finish(seq, now, scheduler, source, result)
             else:
                 scheduler.started(seq)
-    assert pool.free == pool.capacity
-    result.end_ps, result.num_preemptions, result.peak_units = now, scheduler.num_preemptions, scheduler.peak_units
-    for account in (costs, contended):
-        for label, value in account.op_times().items() if account is not None else ():
-            result.op_ps[label] = result.op_ps.get(label, 0) + value
-    return result
+
+    def close(self) -> RefResult:
+        """Nothing will arrive any more."""
+        scheduler, result = self.scheduler, self.result
+        if scheduler.waiting or scheduler.swapped:
+            raise StuckError(f"{len(scheduler.waiting)} wait, {len(scheduler.swapped)} are swapped out, none fits")
+        assert self.pool.free == self.pool.capacity
+        result.end_ps = max((step.start_ps + step.duration_ps for step in result.steps), default=0)
+        result.num_preemptions, result.peak_units = scheduler.num_preemptions, scheduler.peak_units
+        for account in (self.costs, self.contended):
+            for label, value in account.op_times().items() if account is not None else ():
+                result.op_ps[label] = result.op_ps.get(label, 0) + value
+        return result
+
+    # -- what a router knows --------------------------------------------------------------------------------------
+
+    def outstanding_tokens(self) -> int:
+        """Prompt tokens, and tokens that are there by now, of all requests sent here and not answered."""
+        scheduler = self.scheduler
+        served = [*scheduler.waiting, *scheduler.running, *scheduler.swapped]
+        tokens = sum(seq.request.prompt_tokens + seq.generated for seq in served if not seq.is_beam)
+        return tokens + sum(request.prompt_tokens for request in self.inbox)
+
+    def kv_use(self) -> float:
+        return (self.pool.capacity - self.pool.free) / self.pool.capacity
+
+
+def simulate_reference(
+    engine: Engine, plan: CachePlan, pool: RefPool, source: RequestSource, costs: StepCosts,
+    contended: StepCosts | None = None,
+) -> RefResult:  # fmt: skip
+    """Every step of serving `source` on one replica."""
+    replica, now = RefReplica(engine, plan, pool, source, costs, contended), 0
+    while True:
+        while source.next_arrival_ps is not None and source.next_arrival_ps <= now:
+            replica.inbox.append(source.take())
+        if replica.begin(now):
+            now = replica.ends_ps
+            replica.end()
+        elif source.next_arrival_ps is not None:
+            now = source.next_arrival_ps
+        else:
+            return replica.close()
+
+
+class RefRouter:
+    """The same choices by looking at every replica anew."""
+
+    def __init__(self, router: Any, weights: SequenceOf[float], replicas: SequenceOf[RefReplica]) -> None:
+        self.kind, self.weights, self.replicas = router.kind, weights, replicas
+        self.random = Random(getattr(router, "seed", 0))
+        self.sent = [0] * len(weights)
+        self.last = [-1] * len(weights)  # which request of all was the last that it got
+        self.seen: list[list[tuple[int, float]]] = []  # at each choice: (outstanding tokens, KV use) of every replica
+
+    def choose(self) -> int:
+        self.seen.append([(replica.outstanding_tokens(), replica.kv_use()) for replica in self.replicas])
+        numbers = list(range(len(self.weights)))
+        if self.kind == "random":
+            best = self.random.choices(numbers, self.weights)[0]
+        else:
+            if self.kind == "power_of_two" and len(numbers) > 1:
+                first = int(len(numbers) * self.random.random())
+                others = [i for i in numbers if i != first]
+                numbers = [first, others[int(len(others) * self.random.random())]]
+            best = min(numbers, key=lambda i: (self.load(i), -1 if self.kind == "round_robin" else self.last[i], i))
+        self.last[best] = sum(self.sent)
+        self.sent[best] += 1
+        return best
+
+    def load(self, i: int) -> float:
+        if self.kind == "round_robin":
+            return (self.sent[i] + 1) / self.weights[i]
+        if self.kind == "least_kv_use":
+            return self.replicas[i].kv_use()
+        return self.replicas[i].outstanding_tokens() / self.weights[i]
+
+
+def simulate_fleet_reference(
+    replicas: SequenceOf[RefReplica], source: RequestSource, routing: RefRouter
+) -> list[RefResult]:
+    """Every step of a fleet. In each instant steps end, then arrivals are routed one by one, then steps begin."""
+    now = 0
+    while True:
+        for replica in replicas:
+            if replica.step is not None and replica.ends_ps == now:
+                replica.end()
+        while source.next_arrival_ps is not None and source.next_arrival_ps <= now:
+            replicas[routing.choose()].inbox.append(source.take())
+        for replica in replicas:
+            if replica.step is None:
+                replica.begin(now)
+        coming = [replica.ends_ps for replica in replicas if replica.step is not None]
+        if source.next_arrival_ps is not None:
+            coming.append(source.next_arrival_ps)
+        if not coming:
+            return [replica.close() for replica in replicas]
+        now = min(coming)
 
 
 def _token(seq: RefSequence, now: int, result: RefResult) -> None:

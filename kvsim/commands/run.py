@@ -12,8 +12,8 @@ from kvsim.commands.options import load, scenario_options
 from kvsim.errors import InputError
 
 SECTION_NAMES = (
-    "title", "latency", "means", "capacity", "gains", "bands", "slo", "quality", "full_quality", "time", "ledger", "full_ledger",
-    "basis", "notes", "warnings", "verdict",
+    "title", "latency", "means", "capacity", "replicas", "gains", "bands", "slo", "quality", "full_quality", "time", "ledger",
+    "full_ledger", "basis", "notes", "warnings", "verdict",
 )  # fmt: skip
 """Those of kvsim.reports.terminal, without importing it (a test compares them)."""
 
