@@ -76,6 +76,9 @@ def serve(scenario: Scenario, device: torch.device, weights: Path | None = None,
         raise InputError("engine.kind", scenario.engine.kind, "must be torch_decoder", "it is the engine that can be run here")
     if scenario.tensor_parallel != 1:
         raise InputError("tensor_parallel", scenario.tensor_parallel, "must be 1: the decoder runs on one device")
+    if scenario.replicas != 1 or scenario.fleet:
+        field = "fleet" if scenario.fleet else "replicas"
+        raise InputError(field, None if scenario.fleet else scenario.replicas, "must be left out here: one decoder serves", "drop it")
     if scenario.weight_dtype not in TORCH_DTYPES:
         names = ", ".join(TORCH_DTYPES)
         raise InputError("weight_dtype", scenario.weight_dtype, f"must be one of {names}", "the decoder does not quantise weights")
