@@ -119,7 +119,7 @@ def main() -> int:
     profile, errors = fit(study, folder / "benchmark", gpu, device)
     for line in error_lines(errors):
         print("  ".join(f"{cell:>14}" for cell in line))
-    steps = median(abs(exp(error.log_ratio) - 1) for error in errors if error.case.prior_tokens is None)
+    steps = median(abs(exp(error.log_ratio) - 1) for error in errors if error.case.batch and error.case.prior_tokens is None)
     ratios = serve_ratios(study, folder, profile, device)
     for policy, values in ratios.items():
         print(policy, {name: round(value, 3) for name, value in values.items()})

@@ -104,11 +104,14 @@ def step_errors(study: Study, profile: Profile, times: dict[str, float]) -> list
             model = study.models[case.model]
             plan = make_plan(model, study.policies[case.policy], study.weight_dtype, study.block_size_tokens, case.policy)
             predictors[at] = Predictor(model, plan, profile, study.weight_dtype)
-        if case.prior_tokens is None:
+        if not case.batch:
+            predicted = predictors[at].end_s(case.tokens)
+        elif case.prior_tokens is None:
             predicted = predictors[at].decode_s(case.batch, case.tokens, steps=2 * study.steps)
         else:
             predicted = predictors[at].prefill_s(case.tokens, case.prior_tokens)
-        errors.append(StepError(case, times[case.key], predicted))
+        if predicted > 0:  # a short prompt that nothing is dropped from costs nothing
+            errors.append(StepError(case, times[case.key], predicted))
     return errors
 
 
@@ -116,7 +119,7 @@ def error_lines(errors: list[StepError]) -> list[tuple[str, ...]]:
     """Cells under HEADS: each policy, decode steps and prompt chunks apart, and all together."""
     groups: dict[tuple[str, str], list[float]] = {}
     for error in errors:
-        kind = "decode step" if error.case.prior_tokens is None else "prompt chunk"
+        kind = "prompt's end" if not error.case.batch else "decode step" if error.case.prior_tokens is None else "prompt chunk"
         for policy in (error.case.policy, "all"):
             groups.setdefault((policy, kind), []).append(error.log_ratio)
     lines = []

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from kvsim.calibrate.decoder import attention
 from kvsim.calibrate.decoder.attention import Positions
 from kvsim.calibrate.decoder.cache import LayerCache, Ring, Rows
+from kvsim.calibrate.decoder.clock import Clock
 from kvsim.calibrate.decoder.lanes import check, make_lanes
 from kvsim.calibrate.decoder.rules import Rule, rule_of
 from kvsim.calibrate.decoder.transformer import Transformer, alibi_slopes
@@ -23,12 +24,20 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class CachedSequence:
     """One sequence: its tokens so far and its cache."""
 
-    def __init__(self, shape: SequenceShape, layers: list[LayerCache], how: Positions, head_dim: int, max_steps: int) -> None:
-        self.shape, self.layers, self.how, self.head_dim, self.max_steps = shape, layers, how, head_dim, max_steps
+    def __init__(
+        self, shape: SequenceShape, layers: list[LayerCache], how: Positions, transformer: Transformer, max_steps: int
+    ) -> None:  # fmt: skip
+        self.shape, self.layers, self.how, self.transformer, self.max_steps = shape, layers, how, transformer, max_steps
+        self.head_dim = transformer.spec.model.head_dim
         self.num_tokens = 0
         """Tokens computed, evicted ones too: the position of the next."""
         self.step = 0
         """Decode steps begun."""
+
+    @property
+    def clock(self) -> Clock:
+        """The transformer's, which is exchanged where a step is timed."""
+        return self.transformer.clock
 
     def lengths(self) -> list[list[int]]:
         """Tokens of each head of each layer."""
@@ -90,7 +99,7 @@ class Decoder:
             for _ in range(shape.num_layers)
         ]  # fmt: skip
         sizes = SequenceShape(prompt_tokens, prompt_tokens if prefill_tokens is None else prefill_tokens)
-        return CachedSequence(sizes, layers, self.how, shape.head_dim, max_steps)
+        return CachedSequence(sizes, layers, self.how, self.transformer, max_steps)
 
     def close(self, sequence: CachedSequence) -> None:
         """Its blocks are free again."""
@@ -147,7 +156,7 @@ class Decoder:
     def compress(self, sequence: CachedSequence) -> None:
         for rule in self.rules:
             rule.prompt_ends(sequence)
-            self.transformer.clock.mark("compact" if rule.policy.dimension == "tokens" else "think_gather")
+        self.transformer.clock.mark("step")
         for layer in sequence.layers:
             layer.window = None
 

@@ -34,6 +34,10 @@ class Predictor:
             total += self.costs.decode_step(state)
         return total / steps / PS_PER_S
 
+    def end_s(self, prompt_tokens: int) -> float:
+        """The compression of a prompt."""
+        return self.costs.compression[prompt_tokens, prompt_tokens].total_ps / PS_PER_S  # type: ignore[no-any-return]
+
     def prefill_s(self, new_tokens: int, prior_tokens: int) -> float:
         """A chunk in the middle of a prompt: nobody gets a token."""
         return self.costs.prefill_step(None, [(new_tokens, prior_tokens)], 0, []) / PS_PER_S  # type: ignore[list-item]

@@ -66,11 +66,14 @@ def pooled(votes: torch.Tensor, width: int, kind: str, window: int) -> torch.Ten
 def window_votes(seq: CachedSequence, layer: LayerCache, queries: int, statistic: str = "sum") -> torch.Tensor:
     assert layer.window is not None
     q = layer.window[-queries:]
-    return attention.column_scores(layer, q, seq.num_tokens - len(q), statistic, seq.how)
+    votes = attention.column_scores(layer, q, seq.num_tokens - len(q), statistic, seq.how)
+    seq.clock.mark("prefill_scores")
+    return votes
 
 
-def compact(layer: LayerCache, kept: Sequence[torch.Tensor]) -> None:
+def compact(seq: CachedSequence, layer: LayerCache, kept: Sequence[torch.Tensor]) -> None:
     """These slots stay, with their positions and scores."""
+    seq.clock.mark("select")
     layer.full.keep(list(kept))
     most = max(len(slots) for slots in kept)
     index = torch.stack([F.pad(slots, (0, most - len(slots))) for slots in kept])
@@ -78,6 +81,7 @@ def compact(layer: LayerCache, kept: Sequence[torch.Tensor]) -> None:
         rows = getattr(layer, name)
         if rows is not None:
             setattr(layer, name, rows.gather(1, index))
+    seq.clock.mark("compact")
 
 
 # -- one leaves at every step ----------------------------------------------------------------------------------------
@@ -103,7 +107,7 @@ class Steady(Rule):
         for layer in seq.layers:
             assert layer.positions is not None
             order = layer.positions.float() if layer.scores is None else layer.scores
-            compact(layer, list(best(order, budget, recent, self.num_sink)))
+            compact(seq, layer, list(best(order, budget, recent, self.num_sink)))
 
     def before_step(self, seq: CachedSequence) -> None:
         budget, recent = self.budget(seq.shape), self.recent(seq.shape)
@@ -166,7 +170,7 @@ class Keyformer(Steady):
         for layer in seq.layers:  # the token about to come counts towards both
             assert layer.scores is not None
             if layer.full.lengths[0] >= budget:
-                compact(layer, list(best(layer.scores, budget - 1, max(0, recent - 1))))
+                compact(seq, layer, list(best(layer.scores, budget - 1, max(0, recent - 1))))
 
 
 class Window(Steady):
@@ -189,7 +193,7 @@ class Window(Steady):
             return
         for layer in seq.layers:
             slots = torch.cat((torch.arange(self.num_sink), torch.arange(number - window, number))).to(layer.full.device)
-            compact(layer, [slots] * len(layer.full.lengths))
+            compact(seq, layer, [slots] * len(layer.full.lengths))
 
     def before_step(self, seq: CachedSequence) -> None:
         """What the ring's oldest is follows from how many came after it was full."""
@@ -221,21 +225,21 @@ class Scissorhands(Rule):
         share = [2 / (1 + weight) * (1 + (weight - 1) * index / last) if last else 1.0 for index in range(last + 1)]
         return [round(self.policy.budget_tokens * part) for part in share]
 
-    def _drop(self, layer: LayerCache, budget: int, recent: int) -> None:
+    def _drop(self, seq: CachedSequence, layer: LayerCache, budget: int, recent: int) -> None:
         assert layer.scores is not None
         kept = budget - int(self.policy.drop_frac * budget + 1e-9)
-        compact(layer, list(best(layer.scores.float(), kept, recent)))
+        compact(seq, layer, list(best(layer.scores.float(), kept, recent)))
 
     def prompt_ends(self, seq: CachedSequence) -> None:
         for layer, budget in zip(seq.layers, self.budgets(seq), strict=True):
             layer.scores = window_votes(seq, layer, self.window_queries, "count").to(torch.int16)
             if seq.num_tokens > budget:
-                self._drop(layer, budget, self.policy.recent_tokens)
+                self._drop(seq, layer, budget, self.policy.recent_tokens)
 
     def before_step(self, seq: CachedSequence) -> None:
         for layer, budget in zip(seq.layers, self.budgets(seq), strict=True):
             if layer.full.lengths[0] + 1 > budget:
-                self._drop(layer, budget, self.policy.recent_tokens)
+                self._drop(seq, layer, budget, self.policy.recent_tokens)
 
 
 # -- once, when the prefill ends -------------------------------------------------------------------------------------
@@ -258,7 +262,7 @@ class SnapKV(Rule):
         for layer, budget in zip(seq.layers, self.budgets(seq), strict=True):
             if budget < seq.num_tokens:
                 votes = pooled(window_votes(seq, layer, window), self.policy.pool_kernel_tokens, "mean", window)
-                compact(layer, list(best(votes, budget, window)))
+                compact(seq, layer, list(best(votes, budget, window)))
 
 
 class PyramidKV(SnapKV):
@@ -297,7 +301,7 @@ class AdaKV(Rule):
             for head in range(heads):
                 won = winners[winners // number == head] % number
                 kept[head] = torch.cat((kept[head], won)).sort().values
-            compact(layer, kept)
+            compact(seq, layer, kept)
 
 
 class KVCompress(Rule):
@@ -346,7 +350,7 @@ class KVCompress(Rule):
             own, old = budgets[index * heads : (index + 1) * heads], layer.full.lengths
             if own != old:
                 assert layer.scores is not None
-                compact(layer, [
+                compact(seq, layer, [
                     best(layer.scores[head : head + 1, : old[head]], own[head], min(policy.protected_tokens, own[head]))[0]
                     for head in range(heads)
                 ])  # fmt: skip
@@ -377,11 +381,13 @@ class ThinK(Rule):
             queries = layer.window[-self.votes :].float().square().sum(0).unflatten(0, (k.shape[0], -1)).mean(1)
             worth = queries.sqrt() * k.square().sum(1).sqrt()
             layer.channels = worth.topk(stored, 1).indices.sort(1).values
+            seq.clock.mark("think_scores")
             old = number - recent
             narrow = k[:, :old].gather(2, layer.channels[:, None].expand(-1, old, -1))
             layer.pruned.append(narrow, v[:, :old])
             newest = torch.arange(old, number, device=k.device).expand(k.shape[0], -1)
-            compact(layer, list(newest))
+            layer.full.keep(list(newest))
+            seq.clock.mark("think_gather")
 
 
 RULES: dict[str, Callable[[Any], Rule]] = {

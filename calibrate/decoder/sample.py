@@ -32,6 +32,14 @@ class DecodeSample:
 
 def fill(decoder: Decoder, prompt_tokens: int, max_steps: int) -> CachedSequence:
     """A sequence as after the prefill of a prompt, compressed, its keys and values random: nothing is computed for them."""
+    sequence = prompt(decoder, prompt_tokens, max_steps)
+    with torch.inference_mode():
+        decoder.compress(sequence)
+    return sequence
+
+
+def prompt(decoder: Decoder, prompt_tokens: int, max_steps: int) -> CachedSequence:
+    """The same, not yet compressed."""
     shape, device, generator = decoder.plan.shape, decoder.device, decoder.generator
 
     def randn(*sizes: int) -> torch.Tensor:
@@ -48,9 +56,31 @@ def fill(decoder: Decoder, prompt_tokens: int, max_steps: int) -> CachedSequence
                 layer.window = randn(min(prompt_tokens, decoder.window_queries), shape.q_heads, shape.head_dim)
             if decoder.scoring is not None and decoder.scoring.prompt_statistic:
                 layer.scores = torch.rand(shape.kv_heads, prompt_tokens, generator=generator, device=device)
-        sequence.num_tokens = prompt_tokens
-        decoder.compress(sequence)
+    sequence.num_tokens = prompt_tokens
     return sequence
+
+
+def sample_end(decoder: Decoder, prompt_tokens: int, repeats: int = 3) -> tuple[float, Rows]:
+    """(median seconds, rows) of the compression of one prompt; no rows where the policies do nothing then."""
+    seconds: list[float] = []
+    rows: Rows = []
+    ops = decoder.plan.compress_ops(prompt_tokens, prompt_tokens)
+    for number in range(repeats + 1):
+        sequence = prompt(decoder, prompt_tokens, 1)
+        try:
+            clock = OpClock(decoder.device)
+            decoder.transformer.clock = clock
+            begin = now_ns(decoder.device)
+            clock.start()
+            with torch.inference_mode():
+                decoder.compress(sequence)
+            if number:
+                seconds.append((now_ns(decoder.device) - begin) * NS)
+                rows += _policy_rows(ops, clock)
+        finally:
+            decoder.transformer.clock = NoClock()
+            decoder.close(sequence)
+    return median(seconds), _medians(rows)
 
 
 def sample_decode(decoder: Decoder, batch: int, context_tokens: int, steps: int = 5, weight_dtype: str = "fp32") -> DecodeSample:

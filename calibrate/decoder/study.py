@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kvsim.calibrate.decoder.decoder import Decoder
-from kvsim.calibrate.decoder.sample import sample_decode, sample_prefill
+from kvsim.calibrate.decoder.sample import sample_decode, sample_end, sample_prefill
 from kvsim.calibrate.decoder.spec import spec_of
 from kvsim.calibrate.decoder.storage import OutOfBlocks
 from kvsim.calibrate.decoder.transformer import Transformer
@@ -35,7 +35,9 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration. prior_tokens None: a decode step of `batch` sequences of `tokens`; else a chunk of `tokens` after so many."""
+    """One configuration. prior_tokens None: a decode step of `batch` sequences of `tokens`; else a chunk of `tokens` after so many.
+    batch 0: the compression of one prompt of `tokens`.
+    """
 
     model: str
     policy: str
@@ -45,6 +47,8 @@ class Case:
 
     @property
     def key(self) -> str:
+        if not self.batch:
+            return f"{self.model}/{self.policy}/end/{self.tokens}"
         if self.prior_tokens is None:
             return f"{self.model}/{self.policy}/decode/{self.batch}x{self.tokens}"
         return f"{self.model}/{self.policy}/prefill/{self.tokens}+{self.prior_tokens}"
@@ -75,6 +79,10 @@ class Study:
             Case(model, policy, 1, tokens, prior)
             for model in self.models for policy in self.policies for tokens in self.chunks for prior in self.priors
         ]  # fmt: skip
+        found += [
+            Case(model, policy, 0, tokens)
+            for model in self.models for policy, chosen in self.policies.items() if _compresses(chosen) for tokens in self.contexts
+        ]  # fmt: skip
         order = np.random.default_rng(0).permutation(len(found))
         return [found[index] for index in order]
 
@@ -82,6 +90,11 @@ class Study:
 def scenario_study(scenario: Scenario, model: Model, **sizes: Any) -> Study:
     """The model and the policies of a scenario."""
     return Study({model.name: model}, scenario.policies, weight_dtype=scenario.weight_dtype, **sizes)
+
+
+def _compresses(policies: Sequence[Policy]) -> bool:
+    """Whether something happens when a prefill ends. Codes are written as tokens come, and are part of their steps."""
+    return any(policy.dimension in ("tokens", "channels") for policy in policies)
 
 
 def make_plan(model: Model, policies: Sequence[Policy], weight_dtype: str, block_size_tokens: int, name: str) -> CachePlan:
@@ -114,7 +127,9 @@ class Bench:
     def run(self, case: Case) -> tuple[float, list[Row]]:
         """(seconds of the plain step, rows). Raises OutOfBlocks and torch's out-of-memory errors."""
         decoder, dtype = self.decoder(case.model, case.policy), self.study.weight_dtype
-        if case.prior_tokens is None:
+        if not case.batch:
+            step_s, found = sample_end(decoder, case.tokens, self.study.steps)
+        elif case.prior_tokens is None:
             sample = sample_decode(decoder, case.batch, case.tokens, self.study.steps, dtype)
             step_s, found = sample.step_s, sample.rows
         else:

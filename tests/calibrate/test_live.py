@@ -252,6 +252,6 @@ def test_decode_wants_a_device_first(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_cases_are_named_apart() -> None:
     study = tiny_study()
     keys = [case.key for case in study.cases()]
-    assert len(set(keys)) == len(keys) == 2 * 2 * 2 + 2 * 2
+    assert len(set(keys)) == len(keys) == 2 * 2 * 2 + 2 * 2 + 2
     assert Case("m", "p", 2, 64).key != Case("m", "p", 2, 64, 0).key
 
