@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvsim import frames
 from kvsim.api import simulate
 from kvsim.cli import main
 from kvsim.errors import InputError, KvsimError
 from kvsim.reports.files import summary_data, to_json, write_outputs, write_requests_csv
+from kvsim.reports.saved import read_run
 from kvsim.reports.terminal import render_text
 from kvsim.result import Result
 from kvsim.scenario import parse_scenario
@@ -115,8 +118,27 @@ def test_reports_show_replicas(tmp_path: Path) -> None:
             assert own == set(replica.log.request_columns()["index"].tolist())
     events = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
     names = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert "What each replica behind the router had of the work" in (tmp_path / "report.html").read_text()
+    again = read_run(tmp_path).result.policies["full"]
+    for saved, replica in zip(again.replicas, result.policies["full"].replicas, strict=True):
+        assert replace(saved, log=replica.log) == replica
+    frame = frames.steps(result)
+    assert [len(log.step_columns()["start_ps"]) for log in result.policies["full"].logs] == [
+        int(((frame.policy == "full") & (frame.replica == number)).sum()) for number in range(3)
+    ]
     assert names == [f"{policy}, replica {number}" for policy in policies for number in range(3)]
     assert (tmp_path / "over_time.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["vllm_v0", "sglang", "trtllm", "huggingface", "flexgen"])
+def test_every_engine_as_a_fleet(kind: str) -> None:
+    """Each replica keeps accounts of its own: time by Op adds up to its busy time, to the picosecond."""
+    result = result_of(engine={"kind": kind}, replicas=2, router={"kind": "least_outstanding_tokens"})
+    for log in result.policies["full"].logs:
+        rows = log.step_columns()
+        steps = rows["num_steps"]
+        busy_ps = steps * rows["first_step_ps"] + rows["step_growth_ps"] * (steps * (steps - 1) // 2)
+        assert sum(log.op_ps.values()) == int(busy_ps.sum()) > 0
 
 
 def test_bands_of_a_fleet() -> None:
