@@ -196,10 +196,15 @@ def simulate(scenario: Scenario, progress: SingleProgress | None = None) -> Resu
 
 
 def run_policy(
-    scenario: Scenario, deployment: Deployment, name: str, plan: CachePlan, progress: Callable[[int], None] | None = None
-) -> PolicyResult:
-    """Simulates one policy, on all replicas that the deployment has."""
-    source = build_source(scenario.workload, scenario.base_dir)
+    scenario: Scenario, deployment: Deployment, name: str, plan: CachePlan, progress: Callable[[int], None] | None = None,
+    *, source: RequestSource | None = None, parts: Parts | None = None,
+) -> PolicyResult:  # fmt: skip
+    """Simulates one policy, on all replicas that the deployment has.
+
+    source: requests in place of those of scenario.workload. parts: what a lone replica is made of, where an earlier run of the same
+    deployment and plan has worked out its prices.
+    """
+    source = build_source(scenario.workload, scenario.base_dir) if source is None else source
     groups = list(zip(deployment.groups, group_plans(scenario, deployment, name, plan), strict=True))
     if sum(group.replicas for group, _ in groups) > 1:
         parts_of = [PartsOf(group.name, group.replicas, group.weight, _parts(group, own, source)) for group, own in groups]
@@ -207,8 +212,12 @@ def run_policy(
     for group, own in groups:
         deployment, plan = group.deployment, own
     env = simpy.Environment(initial_time=0)
-    parts = Parts(deployment, plan, build_ledger(deployment, plan), source)
-    replica = Replica(env, source, parts.scheduler(), parts.costs, parts.contended, parts.check, progress)
+    if parts is None:
+        parts = Parts(deployment, plan, build_ledger(deployment, plan), source)
+        costs, contended = parts.costs, parts.contended
+    else:
+        costs, contended = parts.costs.twin(), parts.contended and parts.contended.twin()
+    replica = Replica(env, source, parts.scheduler(), costs, contended, parts.check, progress)
     env.process(replica.serve())
     run(env, scenario)
     log = replica.log

@@ -12,6 +12,7 @@ from kvsim.commands.catalogue import list_
 from kvsim.commands.completion import answered, completion
 from kvsim.commands.exit_codes import BAD_INPUT, DONE, EXIT_CODES, INTERRUPTED, PIPE_CLOSED
 from kvsim.commands.init import init
+from kvsim.commands.plan import plan
 from kvsim.commands.report import compare, report
 from kvsim.commands.run import run, show
 from kvsim.commands.schema import schema
@@ -19,7 +20,7 @@ from kvsim.commands.sweep import sweep
 from kvsim.commands.validate import validate
 from kvsim.errors import KvsimError
 
-COMMANDS: tuple[click.Command, ...] = (init, run, show, report, compare, list_, schema, sweep, validate, calibrate, completion)
+COMMANDS: tuple[click.Command, ...] = (init, run, plan, show, report, compare, list_, schema, sweep, validate, calibrate, completion)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -133,6 +133,17 @@ class DatasheetProfile:
         form = self._format(op.kv_format)
         return self._decode_s(op, form, op.batch, kv_slots, hbm_share)
 
+    def terms(self, op: Gemm | PrefillAttention | DecodeAttention) -> tuple[float, float]:
+        """(seconds of HBM traffic, seconds of arithmetic) of an Op that could be bound by either."""
+        if isinstance(op, Gemm):
+            _, _, memory_s, compute_s = self._gemm_terms(op, 1.0)
+            return memory_s, compute_s
+        if isinstance(op, PrefillAttention):
+            return self._prefill_terms(op, 1.0)
+        bytes_per_s = self._decode_bytes_per_s[self._format(op.kv_format)]
+        rows = max(op.q_heads / op.kv_heads, DECODE_TILE_ROWS)
+        return op.bytes_moved / bytes_per_s, 4.0 * op.kv_slots * op.head_dim * rows / self._decode_flops_per_s
+
     # GEMM ---------------------------------------------------------------------------------------------------------
 
     def _gemm_rate(self, dtype: str) -> tuple[str, float, float, float, int]:
@@ -148,6 +159,12 @@ class DatasheetProfile:
         return name, launch_s, memory_frac * self._hbm, compute_frac * peak_flops, _ACTIVATION_BYTES.get(name, 2)
 
     def _gemm(self, op: Gemm, share: float) -> tuple[float, str]:
+        name, launch_s, memory_s, compute_s = self._gemm_terms(op, share)
+        size = "m<=16" if op.m <= 16 else "m<=512" if op.m <= 512 else "m>512"
+        return launch_s + sqrt(memory_s * memory_s + compute_s * compute_s), f"{name} {size}"
+
+    def _gemm_terms(self, op: Gemm, share: float) -> tuple[str, float, float, float]:
+        """Class, launch, and seconds of traffic and of arithmetic."""
         rate = self._gemm_rates.get(op.weight_dtype)
         if rate is None:
             self.gpu.peak_flops(check_weight_dtype(op.weight_dtype))
@@ -159,9 +176,7 @@ class DatasheetProfile:
         rows, columns = -(-m // GEMM_TILE_M) * GEMM_TILE_M, -(-n // GEMM_TILE_N) * GEMM_TILE_N
         if name == "fp32":  # vector units have no tiles to fill
             rows, columns = m, n
-        compute_s = 2.0 * rows * columns * k / flops_per_s
-        size = "m<=16" if m <= 16 else "m<=512" if m <= 512 else "m>512"
-        return launch_s + sqrt(memory_s * memory_s + compute_s * compute_s), f"{name} {size}"
+        return name, launch_s, memory_s, 2.0 * rows * columns * k / flops_per_s
 
     # Attention ----------------------------------------------------------------------------------------------------
 
@@ -172,18 +187,19 @@ class DatasheetProfile:
         return found
 
     def _prefill_s(self, op: PrefillAttention, share: float) -> float:
-        """All tiles at the GPU's rate, part of one block's walk over the whole KV (few blocks), and the traffic."""
+        memory_s, compute_s = self._prefill_terms(op, share)
+        return self._prefill_launch_s + compute_s + memory_s
+
+    def _prefill_terms(self, op: PrefillAttention, share: float) -> tuple[float, float]:
+        """Seconds of traffic, and of all tiles at the GPU's rate with part of one block's walk over the whole KV (few blocks)."""
         kv_bytes, flops_per_s = 2.0 if self._format(op.kv_dtype) == "16bit" else 1.0, self._prefill_flops_per_s
         tokens = op.new_tokens + op.prior_tokens
         walk_flops = 4.0 * ATTENTION_TILE_ROWS * op.head_dim * tokens * self._prefill_walk
         traffic = 4.0 * op.q_heads * op.new_tokens + 2.0 * kv_bytes * op.kv_heads * tokens
         if op.kv_dtype == "fp32":
             traffic, flops_per_s = 2.0 * traffic, flops_per_s * self.gpu.peak_flops("fp32") / self._peak_16bit
-        return (
-            self._prefill_launch_s
-            + (op.flops + walk_flops) / flops_per_s
-            + traffic * op.num_sequences * op.head_dim / (self._prefill_bytes_per_s * share)
-        )
+        memory_s = traffic * op.num_sequences * op.head_dim / (self._prefill_bytes_per_s * share)
+        return memory_s, (op.flops + walk_flops) / flops_per_s
 
     def _prefill(self, op: PrefillAttention, share: float) -> tuple[float, str]:
         return self._prefill_s(op, share), "new<=512" if op.new_tokens <= 512 else "new>512"

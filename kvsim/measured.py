@@ -62,6 +62,7 @@ class MeasuredProfile:
         self._corrections = {key: self._correction(key) for key in content.tables}
         self._has_prefill = any(kind == PrefillAttention.kind for kind, _, _ in content.tables)
         self._chosen: dict[TableKey, Chosen | None] = {}
+        self._prefill_beyond: tuple[PrefillAttention, float, float] | None = None
         self._gemm_lines: dict[tuple[int, int, str], tuple[list[float], list[float]]] = {}
         self._labels: dict[tuple[str, str, str, float], tuple[str, LogBias, str]] = {}
         self.log_biases: Mapping[tuple[str, str], LogBias] = self._all_biases()
@@ -151,8 +152,10 @@ class MeasuredProfile:
 
     def _mixed(self, op: MixedAttention, base: Answer, share: float) -> Answer:
         """The measured prefill, and what the physics adds to it for the decodes in the same launch."""
-        alone = self.answer(op.prefill, share).seconds
-        seconds = alone + base.seconds - self.physics.answer(op.prefill, share).seconds
+        if self._prefill_beyond is None or self._prefill_beyond[0] is not op.prefill or self._prefill_beyond[1] != share:
+            beyond_s = self.answer(op.prefill, share).seconds - self.physics.answer(op.prefill, share).seconds
+            self._prefill_beyond = (op.prefill, share, beyond_s)  # a prompt chunk is asked about beside several batches in a row
+        seconds = self._prefill_beyond[2] + base.seconds
         carried = f"fitted: prefill of {self.content.title} + interaction of {base.source.partition(': ')[2]}"
         return Answer(seconds, carried, widened(base.log_bias, self._extra_sigma), base.size_class)
 

@@ -78,6 +78,21 @@ def sweep_bar(*, shown: bool = True) -> Iterator[Callable[[int, int, int], None]
         yield tell
 
 
+@contextmanager
+def tasks_bar(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None] | None]:
+    """One bar for a number of tasks after another: told what is being done, how much of it is done, and of how much."""
+    if not shown or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("candidates", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
 class _Bars:
     """One bar for the policies, one for the requests of the present one."""
 

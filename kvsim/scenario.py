@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -82,11 +82,19 @@ class Scenario(Frozen):
         return value
 
 
+AnyScenario = TypeVar("AnyScenario", bound=Scenario)
+
+
 def load_scenario(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Scenario:
     """Reads and validates a scenario file. overrides: dotted fields and their values, as ``kvsim run --set`` gives them.
 
     Raises InputError for a missing or unreadable file, YAML that is none, unknown keys and values out of range.
     """
+    return parse_scenario(read_scenario(path, overrides), Path(path).parent)
+
+
+def read_scenario(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The file as plain data, not validated yet. Raises InputError."""
     path = Path(path)
     data = parse_yaml("scenario", read_text("scenario", path, "give the path of a scenario YAML"), str(path))
     if not isinstance(data, dict):
@@ -94,17 +102,24 @@ def load_scenario(path: str | Path, overrides: Mapping[str, Any] | None = None) 
         raise InputError("scenario", str(path), rule, "it needs the fields gpu, model, engine, workload and policies")
     for dotted, value in (overrides or {}).items():
         override(data, dotted, value)
-    return parse_scenario(data, path.parent)
+    return data
 
 
 def parse_scenario(data: Mapping[str, Any], base_dir: Path = Path()) -> Scenario:
     """Validates a scenario given as plain data. Raises InputError."""
+    return parse_as(Scenario, data, base_dir)
+
+
+def parse_as(kind: type[AnyScenario], data: Mapping[str, Any], base_dir: Path) -> AnyScenario:
+    """The same for a class with further blocks."""
     if "base_dir" in data:
         raise InputError("base_dir", None, "is not a known field", "paths start from the folder of the scenario's file")
+    if "plan" in data and "plan" not in kind.model_fields:
+        raise InputError("plan", None, "is a block of `kvsim plan` alone", "run that, or leave the block out")
     try:
-        return Scenario.model_validate({**data, "base_dir": base_dir})
+        return kind.model_validate({**data, "base_dir": base_dir})
     except ValidationError as error:
-        raise input_error(error, Scenario, data) from None
+        raise input_error(error, kind, data) from None
 
 
 def select_policies(scenario: Scenario, names: Sequence[str]) -> Scenario:

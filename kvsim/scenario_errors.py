@@ -52,6 +52,7 @@ _EXAMPLES = {
     "arrivals": "try arrivals: {kind: poisson, rate_per_s: 8}",
     "lengths": "try lengths: {kind: fixed, prompt_tokens: 1024, output_tokens: 128}",
     "trace": "try trace: {path: requests.csv, format: csv}",
+    "plan": "try plan: {target_rate_per_s: 40}",
 }
 
 
@@ -191,7 +192,7 @@ def _block_fix(place: _Place, kind: str, value: Any) -> str:
         return f"try {'' if place.path.endswith(']') else place.key + ': '}{{kind: {value}}}"
     if kind == "list_type" and isinstance(value, Mapping):
         return "put it in [ ]: a list of blocks"
-    return "try {kind: snapkv, budget_tokens: 1024}" if place.path.endswith("]") else _example(place)
+    return "try {kind: snapkv, budget_tokens: 1024}" if place.path.endswith("]") and place.options else _example(place)
 
 
 def _did_you_mean(given: str, known: Sequence[str]) -> str:

@@ -3,6 +3,8 @@
 DONE, BUG, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 MISSED = 1
 """Of `kvsim validate`: some bar is missed. A bug ends with 1 too, and a traceback."""
+NO_OPTION = 3
+"""Of `kvsim plan`."""
 EXIT_CODES = """\b
 Exit codes:
   0    done
@@ -20,4 +22,8 @@ Exit codes:
   2    bad input or a cluster that does not answer: one line on standard
        error; what was saved before stays
   130  interrupted (Ctrl-C): what is finished is saved, run it again to go on
+"""
+PLAN_EXIT_CODES = EXIT_CODES + """\
+  3    no candidate meets the SLO: one line on standard error says so; the files
+       of --out have been written, and every option has its reason
 """

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
-
-from kvsim.frozen import Frozen
+from pydantic import BaseModel, ConfigDict, Field
 
 Binding = Literal["compute", "hbm_bandwidth", "kv_capacity", "host", "interconnect", "latency"]
 """What stops a higher rate: the resource that is used up at the rate found, or the latency target alone."""
+
+
+class Frozen(BaseModel):
+    """Base of these models: immutable, and only numbers that JSON has. Unlike input, bytes and the like know no upper bound."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Probe(Frozen):
@@ -26,6 +30,8 @@ class Probe(Frozen):
     goodput_frac: float | None
     output_tokens_per_s: float
     mean_batch: float
+    mean_in_system: float | None = None
+    """Requests arrived and not finished, by Little's law over the counted ones."""
     utilisation_frac: float
     peak_pool_frac: float
 
@@ -97,15 +103,24 @@ class Option(Frozen):
     """1 - target / (replicas x rate)."""
     output_tokens_per_s: float | None = None
     """Of one replica at the rate found."""
+    robust_replicas: int | None = None
+    """Replicas for the target at the robust rate."""
+    share_met_frac: float | None = None
+    """Share of those re-simulations that meet the SLO at `rate_per_s`."""
+    capacity_per_s: float | None = None
+    """Throughput of one replica with a queue always there: no higher rate can be borne for long."""
     cost_per_hour: float | None = None
     cost_per_million_output_tokens: float | None = None
     watts: float | None = None
     """Board power of all GPUs: an upper bound."""
     kwh_per_million_output_tokens: float | None = None
+    gpu_hours_per_million_output_tokens: float | None = None
     quality: PublishedQuality | None = None
     probes: tuple[Probe, ...] = ()
     ledger: tuple[LedgerEntry, ...] = ()
     op_share_frac: dict[str, float] = Field(default_factory=dict)
+    resource_share_frac: dict[str, float] = Field(default_factory=dict)
+    """Share of device time that waits for compute, hbm_bandwidth, interconnect or host."""
     basis: tuple[BasisEntry, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     flags: tuple[str, ...] = ()
