@@ -107,7 +107,7 @@ def _of_group(error: InputError, field: str, own: Iterable[str]) -> InputError:
 def _deploy_alike(scenario: Scenario) -> Deployment:
     """One replica as the scenario's own fields have it."""
     base = scenario.base_dir
-    gpu, model = load_gpu(_resolve(scenario.gpu, base)), load_model(_resolve(scenario.model, base))
+    gpu, model = load_gpu(resolve_path(scenario.gpu, base)), load_model(resolve_path(scenario.model, base))
     engine, tp = scenario.engine, scenario.tensor_parallel
     model.check_tp(tp, "tensor_parallel")
     check_weight_dtype(scenario.weight_dtype)
@@ -265,7 +265,7 @@ def _hardware(deployment: Deployment) -> str:
     return " + ".join(f"{group.replicas} x {group.deployment.gpu.name}" for group in groups)
 
 
-def _resolve(name: str, base_dir: Path) -> str:
+def resolve_path(name: str, base_dir: Path) -> str:
     """A path relative to the scenario's folder where there is one, else the name as given."""
     path = base_dir / name
     return str(path) if ("/" in name or name.endswith((".yaml", ".yml", ".json"))) and path.exists() else name

@@ -13,7 +13,8 @@ from kvsim.commands.options import scenario_options
 
 @click.command(epilog=PLAN_EXIT_CODES)
 @scenario_options
-@click.option("--out", metavar="DIR", help="Write plan.json, plan.csv and plan.md there.")
+@click.option("--out", metavar="DIR", help="Write plan.json, plan.csv, plan.md and the report there.")
+@click.option("--no-report", is_flag=True, help="No report.html and figures in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON in place of the tables.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes; default: one for each core. The plan is the same for any number.")
 @click.option(
@@ -25,8 +26,8 @@ from kvsim.commands.options import scenario_options
 )
 @click.option("-q", "--quiet", is_flag=True, help="No tables and no progress bar: only the files of DIR.")
 def plan(
-    scenario: str, overrides: tuple[tuple[str, Any], ...], names: tuple[str, ...], out: str | None, as_json: bool, jobs: int | None,
-    draws: int, seeds: int, quiet: bool,
+    scenario: str, overrides: tuple[tuple[str, Any], ...], names: tuple[str, ...], out: str | None, no_report: bool, as_json: bool,
+    jobs: int | None, draws: int, seeds: int, quiet: bool,
 ) -> int:  # fmt: skip
     """How many of which GPU serve a load: for each candidate of SCENARIO's plan block, the highest rate within the SLO."""
     from kvsim.planning.spec import PlanScenario, load_plan
@@ -48,7 +49,13 @@ def plan(
     from kvsim.reports.plan_files import plan_json, write_plan
 
     if out is not None:
-        for path in write_plan(result, out):
+        written = write_plan(result, out)
+        if not no_report:
+            from kvsim.reports.plan_report import plan_report
+            from kvsim.reports.write import write_report
+
+            written += write_report(plan_report(result), "plan", out)
+        for path in written:
             if not (quiet or as_json):
                 click.echo(f"wrote {path}", err=True)
     if as_json:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvsim.api import Deployment, _resolve, build_ledger, build_plan, deploy
+from kvsim.api import Deployment, build_ledger, build_plan, deploy, resolve_path
 from kvsim.engines import Engine
 from kvsim.errors import InputError, KvsimError
 from kvsim.hardware import Gpu, load_gpu
@@ -61,11 +61,11 @@ def candidates(scenario: PlanScenario, mean_prompt_tokens: float) -> list[Candid
     gpus = {}
     for name in spec.gpus or [scenario.gpu]:
         try:
-            gpus[name] = load_gpu(_resolve(name, base_dir))
+            gpus[name] = load_gpu(resolve_path(name, base_dir))
         except InputError as error:
             field = f"plan.gpus.{name}" if spec.gpus else error.field
             raise InputError(field, None if spec.gpus else error.value, error.rule, error.fix) from None
-    model = load_model(_resolve(scenario.model, base_dir))
+    model = load_model(resolve_path(scenario.model, base_dir))
     engines = _engines(scenario)
     for name, policies in scenario.policies.items():
         Composition(tuple(policies), f"policies.{name}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from kvsim.api import resolve_path
+from kvsim.deployment import deployment_lines
 from kvsim.errors import KvsimError
+from kvsim.model import load_model
 from kvsim.planning.binding import binding
 from kvsim.planning.candidates import Candidate, engine_block, why_unfit
 from kvsim.planning.economics import economics
 from kvsim.planning.evidence import GOODPUT, Criterion, Evidence, State
-from kvsim.planning.flags import flags
 from kvsim.planning.result import BasisEntry, LedgerEntry, Option, Probe
 from kvsim.planning.search import Found, Search
 from kvsim.planning.spec import PlanSpec
@@ -52,9 +54,17 @@ def _bare(candidate: Candidate, **fields: Any) -> Option:
     return Option(
         name=candidate.name, gpu=candidate.gpu.name, tensor_parallel=candidate.tensor_parallel, policy=candidate.policy,
         policy_description=candidate.policy_description, engine=dict(engine_block(candidate)), quality=candidate.quality,
-        flags=flags(candidate.scenario.engine, candidate.tensor_parallel, candidate.policy_description),
+        flags=_flags(candidate),
         **fields,
     )  # fmt: skip
+
+
+def _flags(candidate: Candidate) -> tuple[str, ...]:
+    """The command that deploys it, with a comment for what no released engine has."""
+    scenario = candidate.scenario
+    (policies,) = scenario.policies.values()
+    model = load_model(resolve_path(scenario.model, scenario.base_dir))
+    return deployment_lines(scenario.engine, model, scenario.tensor_parallel, scenario.weight_dtype, policies)
 
 
 def _answer(job: Job, trial: Trial, found: Found, probes: tuple[Probe, ...]) -> Option:
