@@ -11,7 +11,7 @@ run: $(VENV)/.run
 	$(BIN)/kvsim run $(SCENARIO)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ rows: tokens of one GPU batch that a launch computes. Lists are of one layer and
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from kvsim.dtypes import BYTES_16_BIT
 from kvsim.engines.flexgen import FlexGen
@@ -91,4 +92,4 @@ def _prompt_policy_ops(plan: CachePlan, batch: int, tokens: int, scores: float) 
             yield PolicyKernel("score_column_sums", COLUMN_SUM_BYTES * scores, 0.0, 1, "engine")
         else:  # of one sequence and all layers
             share = batch / plan.shape.num_layers
-            yield PolicyKernel(op.kernel, op.bytes_moved * share, op.flops * share, 1, op.owner)
+            yield replace(op, bytes_moved=op.bytes_moved * share, flops=op.flops * share, num_launches=1)

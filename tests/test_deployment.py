@@ -99,7 +99,7 @@ def test_values_are_the_fields() -> None:
     assert "--kv-cache-dtype fp8_e4m3" in SgLang(kv_cache_dtype="fp8").flags(MODEL, 1)
     trt = " ".join(TensorRtLlm(tokens_per_block=64, capacity_policy="max_utilization", chunked_context=True).flags(MODEL, 8))
     assert "--tp_size 8" in trt and "tokens_per_block: 64" in trt and "MAX_UTILIZATION" in trt and "enable_chunked_prefill: true" in trt
-    assert {kind_of(engine) for engine in ENGINES} - {kind_of(engine) for engine in SERVERS} == {"huggingface", "torch_decoder"}
+    assert {kind_of(engine) for engine in ENGINES} - {kind_of(engine) for engine in SERVERS} == {"huggingface", "flexgen", "torch_decoder"}
     assert HuggingFace().flags(MODEL, 1) == () and deployment_lines(HuggingFace(), MODEL, 1, "bf16") == ()
 
 

@@ -1,7 +1,6 @@
-"""Kernels run in Triton's interpreter on the CPU, or with KVSIM_TEST_DEVICE=cuda compiled on a GPU.
+"""Kernels run in Triton's interpreter on the CPU (see ../conftest.py), or with KVSIM_TEST_DEVICE=cuda compiled on a GPU.
 
-The variable must be set before Triton is first imported; nothing else in the suite imports Triton. Ahead-of-time tests run in a
-process of their own without it.
+Ahead-of-time tests run in a process of their own without it.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from collections.abc import Iterator
 import pytest
 
 DEVICE = os.environ.get("KVSIM_TEST_DEVICE", "cpu")
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
 
 torch = pytest.importorskip("torch", reason="kernels need torch")
 pytest.importorskip("triton", reason="kernels need Triton, which PyPI has for Linux")

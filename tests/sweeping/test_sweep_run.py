@@ -98,7 +98,7 @@ def test_twenty_kills_of_two_hundred_cases(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_saves_what_is_finished(tmp_path: Path) -> None:
-    path = sweeps.write(sweeps.sweep_file(400), tmp_path / "s.yaml")
+    path = sweeps.write(sweeps.sweep_file(1200), tmp_path / "s.yaml")
     command = sweeps.command(path, "--out", tmp_path / "out")
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         while not list((tmp_path / "out" / "cases").glob("part-*")):
@@ -109,7 +109,7 @@ def test_ctrl_c_saves_what_is_finished(tmp_path: Path) -> None:
     assert (process.returncode, said) == (130, "kvsim: interrupted\n")
     rows = sweeps.rows_of(tmp_path / "out")
     num_ok = sum(row["status"] == "ok" for row in rows)
-    assert len(rows) == 800 and 0 < num_ok < 800 and num_ok == len(read_journal(tmp_path / "out"))
+    assert len(rows) == 2400 and 0 < num_ok < 2400 and num_ok == len(read_journal(tmp_path / "out"))
     assert {row["status"] for row in rows} == {"ok", "pending"}
 
 
