@@ -1,0 +1,159 @@
+"""Rules that choose when the prefill has ended: SnapKV and its kin, KV-Compress (which goes on), ThinK."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from kvsim.calibrate.decoder import attention
+from kvsim.calibrate.decoder.rules.base import Rule, best, compact, pooled, window_votes
+
+if TYPE_CHECKING:
+    from kvsim.calibrate.decoder.decoder import CachedSequence
+
+
+class SnapKV(Rule):
+    """SnapKV (arXiv 2404.14469), and PyramidKV (arXiv 2406.02069) whose layers have budgets of their own."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__(policy)
+        self.window_queries = policy.window_tokens
+
+    def budgets(self, seq: CachedSequence) -> list[int]:
+        return [self.policy.budget_tokens] * len(seq.layers)
+
+    def prompt_ends(self, seq: CachedSequence) -> None:
+        if seq.num_tokens <= self.policy.budget_tokens:
+            return
+        window = self.window_queries
+        for layer, budget in zip(seq.layers, self.budgets(seq), strict=True):
+            if budget < seq.num_tokens:
+                votes = pooled(window_votes(seq, layer, window), self.policy.pool_kernel_tokens, "mean", window)
+                compact(seq, layer, list(best(votes, budget, window)))
+
+
+class PyramidKV(SnapKV):
+    """Layer budgets of `kvsim.kernels.select_budgets`."""
+
+    def budgets(self, seq: CachedSequence) -> list[int]:
+        from kvsim.kernels.select_budgets import pyramid_layer_budgets
+
+        policy = self.policy
+        return pyramid_layer_budgets(
+            len(seq.layers), policy.budget_tokens, window_tokens=policy.window_tokens, num_tokens=seq.num_tokens, beta=policy.beta
+        )
+
+
+class AdaKV(Rule):
+    """AdaKV (arXiv 2407.11550): the heads of a layer compete for its budget above a floor."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__(policy)
+        self.window_queries = policy.window_tokens
+
+    def prompt_ends(self, seq: CachedSequence) -> None:
+        policy, number, window = self.policy, seq.num_tokens, self.window_queries
+        if number <= policy.budget_tokens:
+            return
+        floor = window + int(policy.floor_frac * (policy.budget_tokens - window))
+        for layer in seq.layers:
+            votes = pooled(window_votes(seq, layer, window), policy.pool_kernel_tokens, "max", window)
+            heads = votes.shape[0]
+            kept = [row for row in best(votes, floor, window)]
+            rest = votes.clone()
+            rest[:, number - window :] = -torch.inf
+            for head, slots in enumerate(kept):
+                rest[head, slots] = -torch.inf
+            winners = rest.flatten().topk(heads * (policy.budget_tokens - floor)).indices
+            for head in range(heads):
+                won = winners[winners // number == head] % number
+                kept[head] = torch.cat((kept[head], won)).sort().values
+            compact(seq, layer, kept)
+
+
+class KVCompress(Rule):
+    """KV-Compress (arXiv 2410.00161): the cheapest blocks of all layers and heads leave, down to a target in whole blocks."""
+
+    keeps_positions = True
+    decode_statistic = "square"
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__(policy)
+        self.window_queries = policy.window_tokens
+
+    def prompt_ends(self, seq: CachedSequence) -> None:
+        policy = self.policy
+        for layer in seq.layers:
+            votes = window_votes(seq, layer, self.window_queries, "square")
+            layer.scores = pooled(votes, policy.pool_kernel_tokens, "max", 0)
+        self._compress(seq)
+
+    def before_step(self, seq: CachedSequence) -> None:
+        if (seq.step - 1) % self.policy.interval_steps == 0:
+            self._compress(seq)
+
+    def _compress(self, seq: CachedSequence) -> None:
+        from kvsim.kernels.select_budgets import freeable_blocks, reference
+
+        policy, size = self.policy, self.policy.block_size_tokens
+        if policy.compression_ratio == 1:
+            return
+        lengths = torch.tensor([layer.full.lengths for layer in seq.layers], dtype=torch.int32).flatten()[None]
+        wanted = max(policy.min_kept_tokens, int(seq.shape.prompt_tokens / policy.compression_ratio + 1e-9))
+        target = -(-wanted // size) if policy.block_rounding == "up" else wanted // size
+        target = max(target, 1, -(-policy.protected_tokens // size))
+        excess = int((-(-lengths // size)).sum()) - target * lengths.shape[1]
+        excess = min(excess, int(freeable_blocks(lengths, size, policy.protected_tokens).sum()))
+        if excess <= 0:
+            return
+        most = int(lengths.max())
+        metrics = torch.cat([_padded(layer.scores, most) for layer in seq.layers])[None].cpu()
+        free = torch.tensor([excess], dtype=torch.int32)
+        budgets = reference(
+            "blocks", metrics, lengths, blocks_to_free=free, block_size_tokens=size, protected_tokens=policy.protected_tokens
+        )[0].tolist()
+        heads = len(seq.layers[0].full.lengths)
+        for index, layer in enumerate(seq.layers):
+            own, old = budgets[index * heads : (index + 1) * heads], layer.full.lengths
+            if own != old:
+                assert layer.scores is not None
+                compact(seq, layer, [
+                    best(layer.scores[head : head + 1, : old[head]], own[head], min(policy.protected_tokens, own[head]))[0]
+                    for head in range(heads)
+                ])  # fmt: skip
+
+
+def _padded(rows: torch.Tensor | None, width: int) -> torch.Tensor:
+    assert rows is not None
+    return F.pad(rows[:, :width], (0, width - min(width, rows.shape[1])))
+
+
+class ThinK(Rule):
+    """ThinK (arXiv 2407.21018): key channels of the prompt but its newest tokens leave, after tokens have been chosen."""
+
+    votes = 32
+    """Queries that choose (paper: 32)."""
+    window_queries = votes
+
+    def prompt_ends(self, seq: CachedSequence) -> None:
+        for layer in seq.layers:
+            number = layer.full.lengths[0]
+            recent = min(self.policy.recent_tokens, number)
+            head_dim = seq.head_dim
+            stored = self.policy.stored_key_channels(head_dim)
+            if number == recent or stored == head_dim:
+                continue
+            assert layer.window is not None and layer.pruned is not None and layer.full.even
+            k, v = attention.numbers(layer)
+            queries = layer.window[-self.votes :].float().square().sum(0).unflatten(0, (k.shape[0], -1)).mean(1)
+            worth = queries.sqrt() * k.square().sum(1).sqrt()
+            layer.channels = worth.topk(stored, 1).indices.sort(1).values
+            seq.clock.mark("think_scores")
+            old = number - recent
+            narrow = k[:, :old].gather(2, layer.channels[:, None].expand(-1, old, -1))
+            layer.pruned.append(narrow, v[:, :old])
+            newest = torch.arange(old, number, device=k.device).expand(k.shape[0], -1)
+            layer.full.keep(list(newest))
+            seq.clock.mark("think_gather")

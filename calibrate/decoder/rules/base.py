@@ -1,0 +1,79 @@
+"""What a rule is, and the steps that several take: votes of queries, the best slots, compaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from kvsim.calibrate.decoder import attention
+from kvsim.calibrate.decoder.cache import LayerCache
+
+if TYPE_CHECKING:
+    from kvsim.calibrate.decoder.decoder import CachedSequence
+
+PROTECTED = torch.inf
+
+
+class Rule:
+    """The neutral rule: nothing is evicted."""
+
+    window_queries = 0
+    """The prompt's last queries that it looks at."""
+    prompt_statistic: str | None = None
+    decode_statistic: str | None = None
+    keeps_positions = False
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+
+    def temperature(self, seq: CachedSequence) -> float:
+        return 1.0
+
+    def prompt_ends(self, seq: CachedSequence) -> None:
+        """The whole prompt has been computed and is resident."""
+
+    def before_step(self, seq: CachedSequence) -> None:
+        """Decode step `seq.step` begins: its token is about to be appended in every layer."""
+
+
+def best(scores: torch.Tensor, budget: int, num_recent: int, num_sink: int = 0) -> torch.Tensor:
+    """Slots `[heads, budget]`, ascending: the first num_sink, the last num_recent and the best of the others."""
+    number = scores.shape[1]
+    scores = scores.clone()
+    scores[:, :num_sink] = PROTECTED
+    scores[:, max(0, number - num_recent) :] = PROTECTED
+    return scores.topk(min(budget, number), 1).indices.sort(1).values
+
+
+def pooled(votes: torch.Tensor, width: int, kind: str, window: int) -> torch.Tensor:
+    """Votes of the tokens before the window, pooled over `width` neighbours; those of the window as they are."""
+    before = votes[:, None, : max(0, votes.shape[1] - window)]
+    if not before.shape[2]:
+        return votes
+    pool = F.max_pool1d if kind == "max" else F.avg_pool1d
+    smooth = pool(before, width, stride=1, padding=width // 2)[:, 0, : before.shape[2]]
+    return torch.cat((smooth, votes[:, before.shape[2] :]), 1)
+
+
+def window_votes(seq: CachedSequence, layer: LayerCache, queries: int, statistic: str = "sum") -> torch.Tensor:
+    assert layer.window is not None
+    q = layer.window[-queries:]
+    votes = attention.column_scores(layer, q, seq.num_tokens - len(q), statistic, seq.how)
+    seq.clock.mark("prefill_scores")
+    return votes
+
+
+def compact(seq: CachedSequence, layer: LayerCache, kept: Sequence[torch.Tensor]) -> None:
+    """These slots stay, with their positions and scores."""
+    seq.clock.mark("select")
+    layer.full.keep(list(kept))
+    most = max(len(slots) for slots in kept)
+    index = torch.stack([F.pad(slots, (0, most - len(slots))) for slots in kept])
+    for name in ("positions", "scores"):
+        rows = getattr(layer, name)
+        if rows is not None:
+            setattr(layer, name, rows.gather(1, index))
+    seq.clock.mark("compact")
