@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,9 @@ def test_twenty_kills_of_two_hundred_cases(tmp_path: Path) -> None:
 def test_ctrl_c_saves_what_is_finished(tmp_path: Path) -> None:
     path = sweeps.write(sweeps.sweep_file(1200), tmp_path / "s.yaml")
     command = sweeps.command(path, "--out", tmp_path / "out")
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    # A background job of a shell ignores Ctrl-C, and what it starts inherits that: the child begins as a terminal would start it.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listening) as process:  # noqa: PLW1509
         while not list((tmp_path / "out" / "cases").glob("part-*")):
             assert process.poll() is None
             time.sleep(0.05)
