@@ -17,7 +17,6 @@ from kvsim.calibrate.decoder.study import Case, Study, make_plan, measure, measu
 from kvsim.calibrate.rows import Import
 from kvsim.errors import InputError
 from kvsim.hardware import Gpu, load_gpu
-from kvsim.measured import MeasuredProfile
 from kvsim.profile import Profile
 from kvsim.profile_file import DEVICE_FILE, ProfileFile
 from kvsim.profiles import load_profile
@@ -128,6 +127,3 @@ def error_lines(errors: list[StepError]) -> list[tuple[str, ...]]:
         at_90 = off[min(len(off) - 1, int(0.9 * len(off)))]
         lines.append((policy, kind, f"{len(off)}", f"{median(off):.1%}", f"{at_90:.1%}", f"{exp(mean(ratios)) - 1:+.1%}"))
     return lines
-
-
-__all__ = ["HEADS", "Calibrated", "MeasuredProfile", "conclude", "device_gpu", "error_lines", "pick_device", "run_study", "step_errors"]

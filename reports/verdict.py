@@ -19,7 +19,7 @@ def verdict(result: Result) -> list[str]:
         ((name, only),) = summaries.items()
         return [f"{name} serves {_served(only)}."]
     met = [name for name, s in summaries.items() if s.slo and all(check.met for check in s.slo.values())]
-    kept_up = [name for name, s in summaries.items() if keeps_up(s)]
+    kept_up = [name for name, s in summaries.items() if keeps_up(result, s)]
     lines = [_slo_sentence(list(summaries), met)] if result.slo else []
     if len(kept_up) == len(summaries):
         return [*lines, *_load_limited(result, summaries, met)]
@@ -52,9 +52,15 @@ def is_overloaded(summary: Summary) -> bool:
     return summary.queue_growth is not None and summary.queue_growth.overloaded
 
 
-def keeps_up(summary: Summary) -> bool:
-    """Requests arrive over time, and their queue does not grow; nobody keeps up with requests that all come at once."""
-    return summary.queue_growth is not None and not summary.queue_growth.overloaded
+def keeps_up(result: Result, summary: Summary) -> bool:
+    """Requests arrive over time, whoever is served, and their queue does not grow.
+
+    Nobody keeps up with requests that all come at once, and a closed loop's clients wait for their answers: its load is what is
+    served, so throughput is the answer there.
+    """
+    arrivals = result.scenario.get("workload", {}).get("arrivals") or {}
+    growth = summary.queue_growth
+    return growth is not None and not growth.overloaded and arrivals.get("kind") != "closed_loop"
 
 
 def _served(summary: Summary) -> str:
@@ -87,7 +93,7 @@ def _fastest(result: Result, summaries: dict[str, Summary], among: list[str]) ->
     best = min(level, key=lambda name: summaries[name].e2e.mean_s)
     summary, others = summaries[best], [name for name in level if name != best]
     tie = f"; {listed(others)} within {SAME_FRAC:.0%} of that, at longer E2E" if others else ""
-    room = " It keeps up with the load, so it could serve more than this." if keeps_up(summary) else ""
+    room = " It keeps up with the load, so it could serve more than this." if keeps_up(result, summary) else ""
     over = gains_over_baseline(result).get(best)
     if over is None:
         return f"Highest throughput: {best}, {_served(summary)}{tie}.{room}"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from kvsim.calibrate.rows import MeasuredRow
 from kvsim.model import Model
 from kvsim.policies.base import CacheShape, Policy
 from kvsim.policies.compose import CachePlan, Composition
-from kvsim.scenario import Scenario
 
 STEP = "step"
 """Status of the row that ends a case: what the plain step took."""
@@ -85,11 +83,6 @@ class Study:
         ]  # fmt: skip
         order = np.random.default_rng(0).permutation(len(found))
         return [found[index] for index in order]
-
-
-def scenario_study(scenario: Scenario, model: Model, **sizes: Any) -> Study:
-    """The model and the policies of a scenario."""
-    return Study({model.name: model}, scenario.policies, weight_dtype=scenario.weight_dtype, **sizes)
 
 
 def _compresses(policies: Sequence[Policy]) -> bool:

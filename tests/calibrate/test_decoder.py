@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
+torch = pytest.importorskip("torch", reason="the decoder needs torch")
+pytest.importorskip("triton", reason="packing is shared with the Triton kernels")
 
 from kvsim.calibrate.decoder.decoder import CachedSequence, Decoder  # noqa: E402
 from kvsim.calibrate.decoder.spec import DecoderSpec, spec_from_hf, spec_of  # noqa: E402
@@ -233,7 +233,7 @@ HF = {
 
 @pytest.mark.parametrize("family", HF)
 def test_logits_equal_hugging_face(family: str, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the oracle of the logits")
     config = transformers.AutoConfig.for_model(
         family, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=101,
         max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=False, **HF[family],

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
+torch = pytest.importorskip("torch", reason="the decoder needs torch")
+pytest.importorskip("triton", reason="packing is shared with the Triton kernels")
 
 import simpy  # noqa: E402
 import yaml  # noqa: E402

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 from fakes import make_log, make_policy, make_result
 
+from kvsim.api import simulate
 from kvsim.reports.compare import gains_over_baseline, merged_basis, merged_notes, shares_by_kind_of_source
 from kvsim.reports.formats import factor, listed, number, percent, share, time_unit
 from kvsim.reports.terminal import DEFAULT_SECTIONS, SECTIONS, print_report, render_text
 from kvsim.reports.verdict import verdict, warnings
 from kvsim.result import Result
+from kvsim.scenario import parse_scenario
 
 NAN = float("nan")
 QUICK = {"slots": 40, "num_requests": 300}
@@ -146,3 +148,18 @@ def test_numbers() -> None:
     assert [percent(1, 3), percent(None), percent(1, 0), share(0.0001), share(0)] == ["33.3", "-", "-", "<0.1", "0.0"]
     assert time_unit([0.002, 0.9]) == ("ms", 1e-3) and time_unit([NAN]) == ("s", 1.0) and time_unit([1e-5])[0] == "us"
     assert listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a, b and c"
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "told"), [({"kind": "poisson", "rate_per_s": 1}, True), ({"kind": "closed_loop", "clients": 4}, False)]
+)
+def test_only_open_loops_are_told_to_raise_their_rate(arrivals: dict[str, object], told: bool) -> None:
+    """A closed loop's clients wait for their answers, so what is served is what there is to say."""
+    result = simulate(parse_scenario({
+        "gpu": "a100-sxm-80gb", "model": "llama-3.1-8b", "engine": {"kind": "vllm_v1"},
+        "policies": {"full": [], "snapkv": [{"kind": "snapkv", "budget_tokens": 128}]},
+        "workload": {
+            "arrivals": arrivals, "num_requests": 60, "lengths": {"kind": "fixed", "prompt_tokens": 200, "output_tokens": 20},
+        },
+    }))  # fmt: skip
+    assert any("raise the rate" in line or "serve more" in line for line in verdict(result)) is told
