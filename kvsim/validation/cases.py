@@ -105,6 +105,7 @@ METRICS = {
     "ttft_ms": lambda result: result.summary.ttft.mean_s * 1e3,
     "total_tok_s": _total_tokens_per_s,
     "output_tok_s": lambda result: result.summary.output_tokens_per_s,
+    "kv_pool_gib": lambda result: result.pool_units * result.unit_bytes / GIB,
     "max_batch": lambda result: float(result.summary.max_decode_batch_sequences),
 }
 """Of a simulated policy, in the units that the sources use."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from kvsim.api import simulate
 from kvsim.errors import DoesNotFitError, KvsimError
 from kvsim.scenario import parse_scenario
-from kvsim.validation import flexgen, headlines, keyformer, kv_compress, memory, replay, requests, silicon, theory
+from kvsim.validation import flexgen, hardware, headlines, keyformer, kv_compress, memory, replay, requests, silicon, theory
 from kvsim.validation.cases import METRICS, OUT_OF_MEMORY, Bar, Case, Row
 
-SUITES = ("theory", "memory", "published", "requests", "silicon")
+SUITES = ("theory", "memory", "hardware", "published", "requests", "silicon")
 NEEDS_MEASURED = {"requests": "vllm_rtx4090_requests.csv", "silicon": "h100_silicon_dense.csv"}
 
 
@@ -81,6 +81,10 @@ def validate(suites: Sequence[str], measured: Path, jobs: int = 1, quick: bool =
         elif suite == "memory":
             found = memory.rows()
             bars += memory.bars(found)
+        elif suite == "hardware":
+            with hardware.model_folder() as folder:
+                found = hardware.rows() + run_cases(hardware.cases(Path(folder), quick), jobs)
+            bars += hardware.bars(found)
         elif suite == "requests":
             found = requests.rows(measured)
             bars += requests.bars(found)
