@@ -201,7 +201,7 @@ def bars(rows: list[Row]) -> list[Bar]:
     """16-bit products on GPUs without a table; TPOT where a source states all its conditions."""
     found = []
     products = [row for row in rows if row.group.startswith(f"{CARRIED}: ")]
-    stated = [row for row in rows if row.metric == "tpot_ms" and row.group.startswith(hardware_serving.STATED)]
+    stated = [row for row in rows if row.metric == "tpot_ms" and row.group.startswith(f"{hardware_serving.STATED}: ")]
     for text, mine, limit in (
         ("16-bit GEMM on GPUs without a table: median error", products, GEMM_LIMIT),
         ("TPOT on GPUs without a table, conditions stated: median error", stated, TPOT_LIMIT),

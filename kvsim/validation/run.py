@@ -83,7 +83,7 @@ def validate(suites: Sequence[str], measured: Path, jobs: int = 1, quick: bool =
             bars += memory.bars(found)
         elif suite == "hardware":
             with hardware.model_folder() as folder:
-                found = hardware.rows() + run_cases(hardware.cases(Path(folder), quick), jobs)
+                found = hardware.rows() + run_cases(hardware.cases(Path(folder), quick), 1)
             bars += hardware.bars(found)
         elif suite == "requests":
             found = requests.rows(measured)
