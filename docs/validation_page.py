@@ -35,8 +35,9 @@ ITL and E2E are compared in mean, P50, P90 and P99, and request by request where
 `theory` needs no measurements: queueing laws, Little's law, conservation of time, roofline bounds, in units of what chance or rounding
 allows. `memory` is bytes by formula. `hardware` is what others measured on GPUs that no shipped profile was measured on (L4, A10G, A40,
 RTX A6000, T4, H100 PCIe and NVL, A100 PCIe...): matrix products, copies, and serving, with its confidence where a source leaves
-something out; the bar of TPOT is the median error that the 20 % claimed for carried profiles implies. `published` is papers' tables and logs, `requests` a real vLLM run, `silicon` serving on H100s;
-the last two need files that do not come with kvsim (`--measured DIR`). `--out DIR` also writes one page with every row and plots.
+something out; the bar of TPOT is the median error that the 20 % claimed for carried profiles implies. `published` is papers' tables and
+logs, `requests` a real vLLM run, `silicon` serving on H100s; the last two need files that do not come with kvsim (`--measured DIR`).
+`--out DIR` also writes one page with every row and plots.
 
 """
 
@@ -69,10 +70,10 @@ TAIL = """
 - **KIVI's and ThinK's headlines** are shown without bars: largest batches and peak memory follow (within 3 % for KIVI, 8-17 % for both
   together), KIVI's throughput of up to 3.47x is 2.4x here, since Hugging Face's eager kernels limit both sides and are not measured.
 
-- **Matrix products of cards that power limits.** A T4 (70 W) is 22-24 % too quick; an L4 (72 W) up to 25 % too quick at 4,096 and up to 29 %
-  too slow below, where thirty launches end before the limit acts. Held at 72 W an L4 runs at 1.0 of its 2.04 GHz and gives 57 TFLOP/s
-  of 121; kvsim says 58 for large matrices and 67 for the best. Sustained clocks are compared by power within a generation, and no
-  Turing GPU has a table. At 1,024 a fast GPU waits for Python (a launch every 10-20 us), on measured GPUs too.
+- **Matrix products of cards that power limits.** A T4 (70 W) is 22-24 % too quick; an L4 (72 W) up to 25 % too quick at 4,096 and up to
+  29 % too slow below, where thirty launches end before the limit acts. Held at 72 W an L4 runs at 1.0 of its 2.04 GHz and gives 57
+  TFLOP/s of 121; kvsim says 58 for large matrices and 67 for the best. Sustained clocks are compared by power within a generation, and
+  no Turing GPU has a table. At 1,024 a fast GPU waits for Python (a launch every 10-20 us), on measured GPUs too.
 - **A card whose fp16 and bf16 differ.** One RTX PRO 6000 reports 316 TFLOP/s in fp16 and 418 in bf16, another 407 and 417: the library's
   choice of kernel, which a profile does not know.
 - **fp32 products** run at an assumed 76 % of the peak. From 4,096 up H100s are within 9 %; GA102 cards and RTX PRO 6000s are 12-25 % too
@@ -84,9 +85,9 @@ TAIL = """
   A10G is within 2 % alone.
 - **Models below 1B on an L4** are 12-36 % too quick up to 32 users: hundreds of launches of a few microseconds make the step, and their
   latencies come from larger GPUs. A 1.7B model is within 11 % from 1 to 512 users.
-- **One long sequence on a GPU with a small L2.** Tables of GPUs with 72-96 MiB of L2 were measured warm, and carried to A10G, A40, RTX A6000
-  and T4 (4-6 MiB) they let a single sequence of 8,192 tokens be read at up to 1.14 of the datasheet's bandwidth. In a step this is
-  1-2 %; batches are not affected (0.8-0.9).
+- **One long sequence on a GPU with a small L2.** Tables of GPUs with 72-96 MiB of L2 were measured warm, and carried to A10G, A40, RTX
+  A6000 and T4 (4-6 MiB) they let a single sequence of 8,192 tokens be read at up to 1.14 of the datasheet's bandwidth. In a step this
+  is 1-2 %; batches are not affected (0.8-0.9).
 - **Qwen3-32B on an H100 NVL** is 62 % too quick; the issue that reports it asks why it is so slow, fp8 weights being no faster.
 
 A peer simulator over the same kernel tables reported TPOT 13.1 % and TTFT 53.9 % on 562 of the H100 rows; a peer with a profile of every
