@@ -77,7 +77,7 @@ TAIL = """
 - **A card whose fp16 and bf16 differ.** One RTX PRO 6000 reports 316 TFLOP/s in fp16 and 418 in bf16, another 407 and 417: the library's
   choice of kernel, which a profile does not know.
 - **fp32 products** run at an assumed 76 % of the peak. From 4,096 up H100s are within 9 %; GA102 cards and RTX PRO 6000s are 12-25 % too
-  quick, a T4 39-47 %, an L40S 48 %, an L4 about twice as quick; an A100 is 16-23 % too slow.
+  quick, a T4 39-47 %, an L40S 48 %, an L4 about twice as quick; A100s are 5-23 % too slow.
 - **Copies within a GPU** are 0-21 % too quick: the efficiency is that of large additions, 91 %, and copies reach 75-90 % of the datasheet.
 - **Qwen2.5-7B on an A10G**, 17 % too quick a decode step, which misses its bar. The step grows by 3.6 ms for 1.75 GB more cache, 489 GB/s
   of 600, so the card is as quick as kvsim takes it to be; what is missing is some 5 ms that depend on nothing, of the host or of sampling
