@@ -11,6 +11,9 @@ from kvsim.units import format_seconds
 SAME_FRAC = 0.02
 """Differences below this are called none: the error bands of simulated times are wider."""
 
+FULL_FRAC = 0.9
+"""A pool fuller than this on average leaves no room for another tenth of the load."""
+
 
 def verdict(result: Result) -> list[str]:
     """One to three sentences."""
@@ -93,7 +96,7 @@ def _fastest(result: Result, summaries: dict[str, Summary], among: list[str]) ->
     best = min(level, key=lambda name: summaries[name].e2e.mean_s)
     summary, others = summaries[best], [name for name in level if name != best]
     tie = f"; {listed(others)} within {SAME_FRAC:.0%} of that, at longer E2E" if others else ""
-    room = " It keeps up with the load, so it could serve more than this." if keeps_up(result, summary) else ""
+    room = _room(result, best) if keeps_up(result, summary) else ""
     over = gains_over_baseline(result).get(best)
     if over is None:
         return f"Highest throughput: {best}, {_served(summary)}{tie}.{room}"
@@ -104,6 +107,15 @@ def _fastest(result: Result, summaries: dict[str, Summary], among: list[str]) ->
         f"{best} serves {factor(over['output_tokens_x'])} the tokens per second of {result.baseline}: "
         f"{_served(summary)}{tie}.{room}"
     )
+
+
+def _room(result: Result, name: str) -> str:
+    """What a policy that keeps up with the load has left: requests that wait for a full pool are no sign of room."""
+    policy = result.policies[name]
+    held_frac = policy.summary.mean_held_units / policy.pool_units
+    if held_frac >= FULL_FRAC:
+        return f" It keeps up with the load, but its pool is {held_frac:.1%} full on average: there is little room above this."
+    return " It keeps up with the load, so it could serve more than this."
 
 
 def _load_limited(result: Result, summaries: dict[str, Summary], met: list[str]) -> list[str]:
