@@ -64,6 +64,7 @@ CHOSEN = {
     "decode_attention.compute_frac": (0.5, "assumed: reached by FlashAttention-2 prefill; binds only below 8 bits"),
     "policy.memory_frac": (0.4, "assumed: gather and scatter at half of a streaming kernel, until measured"),
     "policy.compute_frac": (0.4, "assumed: a tiled 16-bit matrix product with an epilogue, below prefill attention's 0.65"),
+    "policy.load_cycles": (265.0, "fitted: latency of the L2 cache, 261-273 cycles on A100, H100 and RTX 4090 (arXiv 2402.13499)"),
     "copy.launch_us": (5.0, "assumed: one cudaMemcpyAsync"),
     "copy.host_frac": (0.85, "assumed: pinned memory over PCIe (about 26 of 31.5 GB/s on gen 4, 55 of 63 on gen 5)"),
     "host.vllm_v1.schedule.base_us": (200.0, "assumed: scheduler of vLLM V1 in one Python process, no Ray"),
@@ -79,6 +80,9 @@ CHOSEN = {
     "host.vllm_v0.eager_launch.base_us": (0.0, "assumed: cost is per launch"),
     "host.vllm_v0.eager_launch.per_sequence_us": (
         10.0, "assumed: batch = number of launches; bare PyTorch takes 5-10 us, upper end for Python"),
+    "host.vllm_v0.sync.base_us": (0.0, "assumed: cost is per wait"),
+    "host.vllm_v0.sync.per_sequence_us": (
+        20.0, "assumed: batch = number of waits; one number copied to the host and read, on a device that is idle"),
     "host.vllm_v1.eager_launch.base_us": (0.0, "assumed: cost is per launch"),
     "host.vllm_v1.eager_launch.per_sequence_us": (
         10.0, "assumed: batch = number of launches; bare PyTorch takes 5-10 us, upper end for Python"),

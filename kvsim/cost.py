@@ -114,8 +114,8 @@ class StepCosts(Prices):
         else:
             value = self._prefills_ps(chunks)
         total += value
-        for ended in compressed:
-            total += self.compression[ended].pay()
+        if compressed:
+            total += self.compress(compressed)
         before, floor, after = self.host[num_sampled, num_tokens <= self.captured_tokens]
         step: int = (total if total > floor else floor) + before + after
         self.busy_ps += step
@@ -148,7 +148,8 @@ class StepCosts(Prices):
                 self.model, self.tp, self.weight_dtype, self.engine, self.plan, self.profile, self.pool_slots,
                 1 - self.hbm_share,
             )  # fmt: skip
-        total_ps: int = self._side.compression[prompt_tokens, prefill_tokens].total_ps
+        ended = prompt_tokens, prefill_tokens
+        total_ps: int = self._side.compression[ended].total_ps + self._side.joint_compression[ended].total_ps
         return total_ps
 
     def spend_transfer(self, duration_ps: int, answer: Answer) -> None:
@@ -169,7 +170,8 @@ class StepCosts(Prices):
                 times[part] = times.get(part, 0) + value
         waited = self.busy_ps - sum(times.values())
         if waited:
-            times[self._last_part(HOST)] = waited
+            part = self._last_part(HOST)
+            times[part] = times.get(part, 0) + waited
         return {part: value for part, value in times.items() if value}
 
     def _last_part(self, label: str) -> Part:

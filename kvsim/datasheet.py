@@ -101,6 +101,7 @@ class DatasheetProfile:
         self._elementwise_bytes_per_s = e["elementwise.memory_frac"] * self._hbm
         self._policy_bytes_per_s = e["policy.memory_frac"] * self._hbm
         self._policy_flops_per_s = e["policy.compute_frac"] * self._peak_16bit
+        self._load_s = e["policy.load_cycles"] / gpu.boost_clock_hz
         self._host_parts = {
             (engine, part): (e[f"host.{engine}.{part}.base_s"], e[f"host.{engine}.{part}.per_sequence_s"])
             for engine in e.children("host")
@@ -250,7 +251,8 @@ class DatasheetProfile:
 
     def _policy(self, op: PolicyKernel, share: float) -> tuple[float, str]:
         memory_s = op.bytes_moved / (self._policy_bytes_per_s * share)
-        return op.num_launches * self._elementwise_launch_s + max(memory_s, op.flops / self._policy_flops_per_s), "any"
+        busy_s = max(memory_s, op.flops / self._policy_flops_per_s, op.dependent_loads * self._load_s)
+        return op.num_launches * self._elementwise_launch_s + busy_s, "any"
 
     def _copy(self, op: Copy, share: float) -> tuple[float, str]:
         launch_s = self.efficiencies["copy.launch_s"]

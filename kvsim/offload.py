@@ -199,8 +199,7 @@ class OffloadCosts(StepCosts):
         """The prompts of a block, all of one length."""
         assert state is None and len({chunk[0] for chunk in chunks}) == 1
         total = self.blocks[len(chunks), chunks[0][0]].pay()
-        for ended in compressed:
-            total += self.compression[ended].pay()
+        total += self.compress(compressed)
         before, floor, after = self.host[num_sampled, False]
         step: int = max(total, floor) + before + after
         self.busy_ps += step

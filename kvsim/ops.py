@@ -119,6 +119,7 @@ class PolicyKernel:
 
     owner: "policy", or "engine" for what an engine does to its cache whatever the policy (concatenation, beam reorder).
     variant: which of a kernel's statistics, where they differ in more than bytes: drawing noise takes longer than adding up.
+    dependent_loads: loads of which each waits for the one before, as where a single thread walks a list.
     """
 
     kind: ClassVar[str] = "policy"
@@ -128,6 +129,7 @@ class PolicyKernel:
     num_launches: int = 1
     owner: str = "policy"
     variant: str = ""
+    dependent_loads: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,8 @@ class Prices:
     pool_slots: (token, layer, KV head) triples that the whole block pool holds, for policies that pass over all of it.
     hbm_share: share of HBM bandwidth that is left while a side stream runs.
 
-    Lookups: linear[num_tokens], head[num_sampled], prefill_policy[new, prior] and compression[prompt, prefill] are Prices;
+    Lookups: linear[num_tokens], head[num_sampled], prefill_policy[new, prior], compression[prompt, prefill] and
+    joint_compression[prompt, prefill] are Prices;
     prefill_attention[new, prior] is picoseconds; tables[batch] a BatchTable; single[layer_group] the attention of one sequence
     alone; actions[policy] what a policy's action costs by slots; host[batch, captured] picoseconds (before, beside, after).
     """
@@ -126,6 +127,8 @@ class Prices:
         self.head = _Memo(self._head)
         self.prefill_policy = _Memo(self._prefill_policy)
         self.compression = _Memo(self._compression)
+        self.joint_compression = _Memo(self._joint_compression)
+        self._compresses_jointly = any(plan.joint_compress_ops(1 << 20, 1 << 20))
         self.prefill_attention = _Memo(self._prefill_attention)
         self._prefill_ops = _Memo(self._prefill_op)
         self.tables = _Memo(self._table)
@@ -172,6 +175,20 @@ class Prices:
     def _compression(self, prompt_tokens: int, prefill_tokens: int) -> Price:
         """What the policies launch when a prefill ends."""
         return Price(self._answer((1, op) for op in self.plan.compress_ops(prompt_tokens, prefill_tokens)))
+
+    def _joint_compression(self, prompt_tokens: int, prefill_tokens: int) -> Price:
+        """What the policies launch for all prefills that end in a step, if this is the longest."""
+        return Price(self._answer((1, op) for op in self.plan.joint_compress_ops(prompt_tokens, prefill_tokens)))
+
+    def compress(self, compressed: Sequence[tuple[int, int]]) -> int:
+        """Pays for the compression of these (prompt, prefill) tokens, whose prefills end in one step."""
+        total = 0
+        for ended in compressed:
+            total += self.compression[ended].pay()
+        if compressed and self._compresses_jointly:
+            prices = [self.joint_compression[ended] for ended in compressed]
+            total += max(prices, key=lambda price: price.total_ps).pay()
+        return total
 
     def _prefill_op(self, new_tokens: int, prior_tokens: int) -> PrefillAttention:
         shape = self.plan.shape
@@ -297,6 +314,7 @@ class Prices:
         new.head = _Memo(lambda num_sampled: self.head[num_sampled].twin())
         new.prefill_policy = _Memo(lambda *tokens: self.prefill_policy[tokens].twin())
         new.compression = _Memo(lambda *tokens: self.compression[tokens].twin())
+        new.joint_compression = _Memo(lambda *tokens: self.joint_compression[tokens].twin())
         new.tables = _Memo(lambda batch: self.tables[batch].twin())
         new.actions = _Memo(lambda policy: self.actions[policy].twin())
         new.pool_price = self.pool_price.twin()
@@ -305,7 +323,7 @@ class Prices:
     def paid(self) -> dict[Part, int]:
         """Picoseconds by part of everything paid by price or curve so far."""
         times: dict[Part, int] = {}
-        memos = (self.linear, self.head, self.prefill_policy, self.compression)
+        memos = (self.linear, self.head, self.prefill_policy, self.compression, self.joint_compression)
         prices = [self.pool_price, *(price for memo in memos for price in memo.values())]
         curves = [*self.single.values(), *self.actions.values()]
         for table in self.tables.values():

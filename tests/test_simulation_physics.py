@@ -300,6 +300,21 @@ def test_a_side_stream_takes_compression_out_of_the_step_and_slows_decoding() ->
     assert decoding[1] > decoding[0], "a prompt cannot be compressed before it has been computed"
 
 
+def test_prompts_that_end_together_are_compressed_side_by_side() -> None:
+    """The longest pays for what is launched for all of them; each pays for its own; and the account adds up."""
+    policy = {"kind": "kv_compress", "compression_ratio": 4, "implementation": "paper", "table_tokens": 4096}
+    settings: Any = {"per_head_kv": True}
+    scenario = make(all_at_once(1000, 50, 6), policy, engine="vllm_v0", **settings)
+    together, alone = costs_of(scenario), costs_of(scenario)
+    ended = [(1000, 1000), (2000, 2000), (1000, 1000)]
+    each = [alone.compress([one]) for one in ended]
+    joint = [alone.joint_compression[one].total_ps for one in ended]
+    assert together.compress(ended) == sum(each) - sum(joint) + max(joint) and joint[1] == max(joint) > 0
+    result = run_policy(scenario, deploy(scenario), "policy", build_plan(deploy(scenario), scenario.policies["policy"], "p"))
+    assert sum(result.summary.op_s.values()) == pytest.approx(result.summary.duration_s, rel=1e-9)
+    assert result.summary.op_s["host"] > 50 * 180e-6, "12 launches of 10 us and 3 waits of 20 us a sequence and step"
+
+
 def test_a_side_stream_shares_bandwidth() -> None:
     """The more of HBM the stream takes, the longer the steps beside it; whoever decodes then pays."""
     workload = poisson(12, 150, prompt_tokens=2000)

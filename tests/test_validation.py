@@ -38,7 +38,7 @@ def test_kv_compress_batches() -> None:
     """Throughput is a bar that is missed (docs/validation.md says why), so it is not asserted here."""
     bars = kv_compress.bars(run_cases(kv_compress.cases(quick=True), 1))
     batches = [bar for bar in bars if "largest batch" in bar.text]
-    assert len(batches) == 2
+    assert len(batches) == 4  # the unexplained caps of 123 and 243 come out of the memory alone
     for bar in batches:
         assert bar.met, bar
 

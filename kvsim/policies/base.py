@@ -141,6 +141,10 @@ class Policy(Frozen):
         """Launched once when a sequence's prefill ends, for all layers."""
         return ()
 
+    def joint_compress_ops(self, shape: CacheShape, seq: SequenceShape) -> tuple[Op, ...]:
+        """Launched once in a step in which prefills end, for all of them together: the longest sets the time."""
+        return ()
+
     def acts_at(self, seq: SequenceShape, group: HeadGroup, step: int) -> int:
         """Tokens of each head of the group that an action at the start of decode step `step` handles; 0: no action."""
         return 0

@@ -377,6 +377,10 @@ class CachePlan:
         seq = SequenceShape(prompt_tokens, prefill_tokens)
         return tuple(op for p in self.composition.policies for op in p.compress_ops(self.shape, seq))
 
+    def joint_compress_ops(self, prompt_tokens: int, prefill_tokens: int) -> tuple[Op, ...]:
+        seq = SequenceShape(prompt_tokens, prefill_tokens)
+        return tuple(op for p in self.composition.policies for op in p.joint_compress_ops(self.shape, seq))
+
     def pool_ops(self, pool_slots: int) -> tuple[Op, ...]:
         return tuple(op for p in self.composition.policies for op in p.pool_ops(self.shape, pool_slots))
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from kvsim.ops import Op, PolicyKernel
+from kvsim.policies import kv_compress_paper as paper
 from kvsim.policies.base import CacheShape, Dimension, HeadGroup, Needs, Policy, SequenceShape
 from kvsim.policies.kernels import compact, kept_slots, metric_pool, select, window_scores, write_probabilities
 from kvsim.policies.ramp import Ramp
@@ -28,6 +29,9 @@ class KVCompress(Policy):
     blocks. Compression precedes the step (code: scheduler.py), whose own token then opens a block: 128 kept tokens
     occupy 144 slots. It runs when the prefill ends and every `interval_steps` of decoding. Ratio 1 evicts nothing but
     keeps metadata and metrics.
+
+    implementation: the paper's own engine compresses at the end of prefills and where it would preempt, with PyTorch
+    calls, an eviction kernel of one thread a sequence and host loops (kv_compress_paper.py).
     """
 
     kind: Literal["kv_compress"] = "kv_compress"
@@ -42,7 +46,13 @@ class KVCompress(Policy):
     max_kvs_per_compression: int = Field(5_000_000, gt=0, description="most KVs sorted at once (code: 5 M)")
     block_size_tokens: int = Field(16, gt=0, description="tokens of the engine's block (paper: 16)")
     block_rounding: Literal["up", "down"] = Field(
-        "up", description="of the target; up: code (max_cache_tokens); down: inferred from published batches"
+        "up", description="of the target; up: code (max_cache_tokens); down: the paper's benchmark script"
+    )
+    implementation: Literal["kernels", "paper"] = Field(
+        "kernels", description="whose code compresses: kvsim's kernels, or the paper's PyTorch calls and host loops"
+    )
+    table_tokens: int = Field(
+        0, ge=0, description="paper: max_model_len, whose block tables are copied in every step; 0: none"
     )
     head_shares: HeadShares = Field(
         EXPONENTIAL_SHARES, description="relative budgets above the protected window of equal head classes (assumed)"
@@ -70,8 +80,9 @@ class KVCompress(Policy):
         """Mean tokens per head after a compression: whole blocks."""
         wanted = max(self.min_kept_tokens, int(seq.prompt_tokens / self.compression_ratio + 1e-9))
         size = self.block_size_tokens
-        blocks = -(-wanted // size) if self.block_rounding == "up" else wanted // size
-        return max(self.floor_tokens, blocks * size)
+        # benchmarks/benchmark_throughput.py: max(128, (int(input_len / compression_rate) - 1) // 16 * 16)
+        down = max((wanted - 1) // size, self.min_kept_tokens // size)
+        return max(self.floor_tokens, size * (-(-wanted // size) if self.block_rounding == "up" else down))
 
     def head_groups(self, shape: CacheShape) -> tuple[HeadGroup, ...]:
         classes = head_classes(self.head_shares, shape.num_pairs)
@@ -134,11 +145,20 @@ class KVCompress(Policy):
         """Metrics of the prompt, and the eviction: survivors in the tail of a head's blocks move into holes, one per
         hole at most.
         """
-        metrics = window_scores(shape, seq.prefill_tokens, self.window_tokens)
+        own = self.implementation == "paper"
+        scores = paper.prompt_scores if own else window_scores
+        metrics = scores(shape, seq.prefill_tokens, self.window_tokens)
         whole, kept = seq.prefill_tokens * shape.num_pairs, kept_slots(self, shape, seq)
         if kept == whole:
             return (metrics,)
-        return metrics, self._sort(shape, whole), compact(shape, min(kept, whole - kept))
+        moves = compact(shape, min(kept, whole - kept))
+        return (metrics, moves) if own else (metrics, self._sort(shape, whole), moves)
+
+    def joint_compress_ops(self, shape: CacheShape, seq: SequenceShape) -> tuple[Op, ...]:
+        whole, kept = seq.prefill_tokens * shape.num_pairs, kept_slots(self, shape, seq)
+        if self.implementation == "kernels" or kept == whole:
+            return ()
+        return paper.eviction(whole, whole - kept, self.max_kvs_per_compression)
 
     def action_ops(self, shape: CacheShape, num_slots: int) -> tuple[Op, ...]:
         return (self._sort(shape, num_slots),)
@@ -148,6 +168,8 @@ class KVCompress(Policy):
         place.
         """
         scores = write_probabilities(shape, num_slots)
+        if self.implementation == "paper":
+            return (scores, *paper.every_step(shape, batch, self.table_tokens))
         if self.compression_ratio == 1:
             return (scores,)
         sort = (self._sort(shape, num_slots),) if self.interval_steps == 1 else ()
@@ -174,11 +196,12 @@ class KVCompress(Policy):
         return {"compression_ratio": self.compression_ratio}
 
     def notes(self) -> tuple[str, ...]:
-        inferred = (
-            "block_rounding: down was inferred from the published batch limits: they are no test of it",
-        ) if self.block_rounding == "down" else ()  # fmt: skip
+        own = (
+            "implementation: paper is vLLM 0.6.0's fork as its code reads: no run of it was timed; of two eviction paths the "
+            "one with a kernel of one thread a sequence; compressions are priced when prefills end, not the loops over sequences",
+        ) if self.implementation == "paper" else ()  # fmt: skip
         return (
-            *inferred,
+            *own,
             f"heads differ by {len(self.head_shares)} assumed classes (head_shares): real rates follow from the data",
             "the whole prompt is resident until it is compressed: a sequence must first fit uncompressed",
             "sorting more KVs than max_kvs_per_compression takes further passes; the code puts it off to the next step",

@@ -102,8 +102,8 @@ class KVCompress(Rule):
             return
         lengths = torch.tensor([layer.full.lengths for layer in seq.layers], dtype=torch.int32).flatten()[None]
         wanted = max(policy.min_kept_tokens, int(seq.shape.prompt_tokens / policy.compression_ratio + 1e-9))
-        target = -(-wanted // size) if policy.block_rounding == "up" else wanted // size
-        target = max(target, 1, -(-policy.protected_tokens // size))
+        down = max((wanted - 1) // size, policy.min_kept_tokens // size)
+        target = max(-(-wanted // size) if policy.block_rounding == "up" else down, 1, -(-policy.protected_tokens // size))
         excess = int((-(-lengths // size)).sum()) - target * lengths.shape[1]
         excess = min(excess, int(freeable_blocks(lengths, size, policy.protected_tokens).sum()))
         if excess <= 0:
