@@ -85,9 +85,6 @@ TAIL = """
   A10G is within 2 % alone.
 - **Models below 1B on an L4** are 12-36 % too quick up to 32 users: hundreds of launches of a few microseconds make the step, and their
   latencies come from larger GPUs. A 1.7B model is within 11 % from 1 to 512 users.
-- **One long sequence on a GPU with a small L2.** Tables of GPUs with 72-96 MiB of L2 were measured warm, and carried to A10G, A40, RTX
-  A6000 and T4 (4-6 MiB) they let a single sequence of 8,192 tokens be read at up to 1.14 of the datasheet's bandwidth. In a step this
-  is 1-2 %; batches are not affected (0.8-0.9).
 - **Qwen3-32B on an H100 NVL** is 62 % too quick; the issue that reports it asks why it is so slow, fp8 weights being no faster.
 
 A peer simulator over the same kernel tables reported TPOT 13.1 % and TTFT 53.9 % on 562 of the H100 rows; a peer with a profile of every

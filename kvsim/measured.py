@@ -59,6 +59,8 @@ class MeasuredProfile:
         known = {name: min(value * power, MOST_OF_PEAK) if name.endswith("compute_frac") else value for name, value in known.items()}
         self.physics = DatasheetProfile(gpu, efficiencies.replaced(known))
         self._shift = log2(measured_on.num_sms / gpu.num_sms)
+        # A benchmark's cache may stay in a large L2; in a step the weights of every layer pass through between two visits.
+        self._least_s_per_byte = 0.0 if gpu.name == measured_on.name else 1.0 / gpu.hbm_bandwidth_bytes_per_s
         self._corrections = {key: self._correction(key) for key in content.tables}
         self._has_prefill = any(kind == PrefillAttention.kind for kind, _, _ in content.tables)
         self._chosen: dict[TableKey, Chosen | None] = {}
@@ -161,7 +163,7 @@ class MeasuredProfile:
 
     def _decode_s(self, op: DecodeAttention, chosen: Chosen, at: Sequence[float], share: float) -> float:
         (seconds,) = self.physics.decode_curve(op, (op.kv_slots,), share)
-        seconds *= exp(chosen.correction.at(at))
+        seconds = max(seconds * exp(chosen.correction.at(at)), self._least_s(op, op.kv_slots, share))
         if op.max_kv_tokens * op.batch * op.kv_heads > op.kv_slots:  # one long sequence among short ones can set the pace
             longest = min(op.kv_slots, op.max_kv_tokens * op.kv_heads)
             alone = DecodeAttention(
@@ -179,7 +181,15 @@ class MeasuredProfile:
             return seconds
         lanes = op.batch * op.kv_heads
         ratios = chosen.correction.along(CONTEXT, place.at, [max(slots / lanes, 1.0) for slots in kv_slots])
-        return [value * exp(ratio) for value, ratio in zip(seconds, ratios, strict=True)]
+        found = [value * exp(ratio) for value, ratio in zip(seconds, ratios, strict=True)]
+        if self._least_s_per_byte:
+            least_s = (self._least_s(op, slots, hbm_share) for slots in kv_slots)
+            found = [max(pair) for pair in zip(found, least_s, strict=True)]
+        return found
+
+    def _least_s(self, op: DecodeAttention, kv_slots: int, share: float) -> float:
+        """The cache once at the datasheet's bandwidth: a table carried over from another GPU says nothing below it."""
+        return kv_slots * op.slot_bytes * self._least_s_per_byte / share
 
     def kv_knots(self, op: DecodeAttention) -> Sequence[int]:
         return self.physics.kv_knots(op)

@@ -374,3 +374,15 @@ def test_certain_profiles_have_bands_without_width(monkeypatch: pytest.MonkeyPat
 
 def vars_of(band: Band) -> tuple[float, ...]:
     return band.p2_5, band.p16, band.p50, band.p84, band.p97_5
+
+
+@pytest.mark.parametrize("name", ["a40-48gb", "a10g-24gb", "rtx-a6000-48gb", "t4-16gb", "l4-24gb", "h100-pcie-80gb"])
+@pytest.mark.parametrize("tokens", [512, 8192, 65536])
+def test_no_carried_cache_is_read_faster_than_its_gpu_can(name: str, tokens: int) -> None:
+    """Tables of GPUs with 48-96 MiB of L2 were measured with caches that stayed there."""
+    gpu = load_gpu(name)
+    profile = load_profile("auto", gpu, "vllm")
+    op = DecodeAttention(1, 32, 8, 128, tokens * 8, tokens, 512.0)
+    least_s = op.kv_slots * op.slot_bytes / gpu.hbm_bandwidth_bytes_per_s
+    assert profile.answer(op).seconds >= least_s * (1 - 1e-9)
+    assert profile.decode_curve(op, [op.kv_slots])[0] == pytest.approx(profile.answer(op).seconds, rel=1e-6)
