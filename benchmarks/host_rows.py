@@ -1,0 +1,68 @@
+"""Host work of vLLM's V0 engine as lines over the batch, out of the rows that `vllm_v0_host.py` measured.
+
+A step of the engine is schedule and prepare, then max(launch, device), then sample and process. So what the sampler does before it
+waits for the device counts as launch, and process is that of a server: RequestOutputs of all sequences and statistics.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+
+from kvsim.forward import num_launches_per_step
+from kvsim.model import Model
+
+PATH = Path(__file__).parent / "results" / "vllm_v0_host.csv"
+PARTS = {"schedule": ("schedule",), "prepare": ("prepare",), "launch": ("launch", "sample_launch"), "sample": ("sample",),
+         "process": ("process", "outputs", "stats")}  # fmt: skip
+"""Parts of kvsim's engine by what was measured."""
+OFFLINE = {**PARTS, "process": ("process",)}
+"""What `LLM.generate` does: it answers finished requests only and keeps no statistics."""
+KERNELS_PER_LAYER = 11
+"""Of a decode step of `LlamaDecoderLayer` under FlashAttention: two norms, four matrix products, rotary embedding, cache write, attention,
+copy of its output, activation. Attention split over the context adds a twelfth."""
+CUDA_LAUNCH_US = 3.8
+"""Per kernel, asynchronous launches of a 2.9 us kernel back to back on a V100: developer.nvidia.com/blog/cuda-graphs; 2-5 us elsewhere."""
+
+
+class Line(NamedTuple):
+    base_us: float
+    per_sequence_us: float
+
+    def at(self, batch: np.ndarray) -> np.ndarray:
+        return self.base_us + self.per_sequence_us * batch
+
+
+def read_rows(path: Path = PATH) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def measured(rows: Sequence[Mapping[str, str]], parts: Mapping[str, Sequence[str]] = PARTS) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Batches of all cases, and the microseconds of each part there."""
+    times = {(row["part"], int(row["batch"]), row["context_tokens"]): float(row["median_us"]) for row in rows}
+    cases = sorted({key[1:] for key in times})
+    found = {part: np.array([sum(times[name, *case] for name in names) for case in cases]) for part, names in parts.items()}
+    return np.array([batch for batch, _ in cases], dtype=float), found
+
+
+def fit_lines(batch: np.ndarray, times: Mapping[str, np.ndarray]) -> dict[str, Line]:
+    """Least squares of relative errors: a batch of 1 counts as much as one of 256."""
+    lines = {}
+    for part, us in times.items():
+        slope, base = np.polyfit(batch, us, 1, w=1.0 / us)
+        assert slope >= 0 and base >= 0, part
+        lines[part] = Line(float(base), float(slope))
+    return lines
+
+
+def eager_launch_us(rows: Sequence[Mapping[str, str]], model: Model) -> float:
+    """Of each launch that kvsim counts in a layer: Python and dispatcher as measured, the CUDA runtime's part added."""
+    layer_us = median(float(row["median_us"]) for row in rows if row["part"] == "layer")
+    counted = num_launches_per_step(model, 1) // model.num_layers
+    return (layer_us + KERNELS_PER_LAYER * CUDA_LAUNCH_US) / counted
