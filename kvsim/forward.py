@@ -10,6 +10,8 @@ from kvsim.ops import Collective, Elementwise, Gemm, Op
 
 LOGIT_BYTES = 4
 """Logits are sampled in fp32."""
+SAMPLER_KERNELS = (3,)
+"""fp32 values that each kernel of a sampler reads or writes per logit: one cast, then two reads for softmax and argmax."""
 
 
 def linear_ops(model: Model, tp: int, weight_dtype: str, num_tokens: int, eager: bool = False) -> Iterator[tuple[int, Op]]:
@@ -35,16 +37,22 @@ def linear_ops(model: Model, tp: int, weight_dtype: str, num_tokens: int, eager:
 
 
 def head_ops(
-    model: Model, tp: int, num_sampled: int, eager: bool = False, weight_dtype: str = "bf16"
-) -> Iterator[tuple[int, Op]]:
-    """(times launched, Op) to turn the last hidden states of `num_sampled` sequences into tokens: lm_head, gather, sampler."""
+    model: Model, tp: int, num_sampled: int, eager: bool = False, weight_dtype: str = "bf16",
+    sampler_kernels: tuple[int, ...] = SAMPLER_KERNELS,
+) -> Iterator[tuple[int, Op]]:  # fmt: skip
+    """(times launched, Op) to turn the last hidden states of `num_sampled` sequences into tokens: lm_head, gather, sampler.
+
+    sampler_kernels: fp32 values per logit that each kernel of the sampler reads or writes; the first one also reads the head's output.
+    """
     head, size = model.lm_head(tp), activation_bytes(weight_dtype)
     # Quantised checkpoints keep the head in 16 bits.
     yield 1, Gemm(num_sampled, head.n, head.k, "fp32" if activation_dtype(weight_dtype) == "fp32" else "bf16")
     if tp > 1:
         yield 1, Collective("all_gather", num_sampled * head.n * size, tp, eager)
-    # Cast to fp32, then two reads for softmax and argmax.
-    yield 1, Elementwise("sampler", num_sampled * model.vocab_size * (size + 3 * LOGIT_BYTES))
+    logits, read = num_sampled * model.vocab_size, size
+    for num_values in sampler_kernels:
+        yield 1, Elementwise("sampler", logits * (read + num_values * LOGIT_BYTES))
+        read = 0
 
 
 def num_launches_per_step(model: Model, tp: int) -> int:

@@ -166,7 +166,9 @@ class Prices:
 
     def _head(self, num_sampled: int) -> Price:
         """From the last hidden states of so many sequences to their tokens; outside captured graphs, as in vLLM."""
-        return Price(self._answer(head_ops(self.model, self.tp, num_sampled, True, self.weight_dtype)) if num_sampled else {})
+        if not num_sampled:
+            return Price({})
+        return Price(self._answer(head_ops(self.model, self.tp, num_sampled, True, self.weight_dtype, self.engine.sampler_kernels)))
 
     def _prefill_policy(self, new_tokens: int, prior_tokens: int) -> Price:
         """What the policies launch with a prompt chunk."""

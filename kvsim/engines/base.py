@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from kvsim.forward import num_launches_per_step
+from kvsim.forward import SAMPLER_KERNELS, num_launches_per_step
 from kvsim.frozen import Frozen
 from kvsim.model import Model
 from kvsim.ops import HostWork, Op
@@ -64,6 +64,8 @@ class Engine(Frozen):
     layout: ClassVar[str] = "paged"
     mixes_attention: ClassVar[bool] = True
     """Prompt chunks and decodes share one attention launch."""
+    sampler_kernels: ClassVar[tuple[int, ...]] = SAMPLER_KERNELS
+    """fp32 values per logit that each kernel of its sampler reads or writes."""
     one_by_one: ClassVar[bool] = False
     """Policies' kernels are launched for one sequence of the batch after the other."""
     updates_whole_pool: ClassVar[bool] = True

@@ -46,6 +46,9 @@ class VllmV0(Engine):
     command: ClassVar[str] = "vllm serve"
     stock_kv_dtypes: ClassVar[tuple[str, ...]] = STOCK_KV_DTYPES
     capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 257, 8))
+    sampler_kernels: ClassVar[tuple[int, ...]] = (1, 2, 2, 2, 2, 1, 3, 1)
+    """Sampler.forward at a temperature, without top-p: to fp32, division, softmax, log-softmax, probabilities gathered, exponential noise,
+    division by it, argmax. 58 bytes per logit of 16 bits, if softmax finds its rows again in the L2."""
     mixes_attention: ClassVar[bool] = False
     host_overlap: ClassVar[Literal["async", "sync"]] = "sync"
 
