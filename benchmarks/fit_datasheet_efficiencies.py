@@ -449,10 +449,12 @@ class Study:
         batch, times = host_rows.measured(rows)
         lines = host_rows.fit_lines(batch, times)
         source = (
-            f"fitted: line over {len(batch)} cases of vLLM 0.6.0's own Python, eager, on a CPU (benchmarks/results/{host_rows.PATH.name}); "
+            f"fitted: line over {len(batch)} cases of vLLM 0.6.0's own Python, eager, on a CPU (benchmarks/results/{host_rows.PATH.name}): "
         )
         for part, line in lines.items():
-            self.book.value(f"host.vllm_v0.{part}.base_us", line.base_us, source + HOST_PARTS[part])
+            calls = host_rows.CUDA_CALLS.get(part)
+            added = f"; {calls} CUDA calls of {host_rows.CUDA_LAUNCH_US} us added" if calls else ""
+            self.book.value(f"host.vllm_v0.{part}.base_us", line.base_us, source + HOST_PARTS[part] + added)
             self.book.value(f"host.vllm_v0.{part}.per_sequence_us", line.per_sequence_us, source + HOST_PARTS[part])
         single = [row for row in table if row["tp"] == "1"]
         vidur_batch = np.array([float(row["batch"]) for row in single])

@@ -19,15 +19,19 @@ from kvsim.model import Model
 
 PATH = Path(__file__).parent / "results" / "vllm_v0_host.csv"
 PARTS = {"schedule": ("schedule",), "prepare": ("prepare",), "launch": ("launch", "sample_launch"), "sample": ("sample",),
-         "process": ("process", "outputs", "stats")}  # fmt: skip
+         "process": ("process", "stats")}  # fmt: skip
 """Parts of kvsim's engine by what was measured."""
-OFFLINE = {**PARTS, "process": ("process",)}
+OFFLINE = {**PARTS, "process": ("process_finished",)}
 """What `LLM.generate` does: it answers finished requests only and keeps no statistics."""
 KERNELS_PER_LAYER = 11
 """Of a decode step of `LlamaDecoderLayer` under FlashAttention: two norms, four matrix products, rotary embedding, cache write, attention,
 copy of its output, activation. Attention split over the context adds a twelfth."""
 CUDA_LAUNCH_US = 3.8
 """Per kernel, asynchronous launches of a 2.9 us kernel back to back on a V100: developer.nvidia.com/blog/cuda-graphs; 2-5 us elsewhere."""
+
+CUDA_CALLS = {"prepare": 13, "launch": 19}
+"""Copies and kernels of a step that a CPU does not see, each taken at CUDA_LAUNCH_US. prepare: seven inputs copied, two tensors of zeros,
+two sums, two sampling indices copied. launch: nine sampling tensors copied, hidden states and indices gathered, eight sampler kernels."""
 
 
 class Line(NamedTuple):
@@ -44,10 +48,13 @@ def read_rows(path: Path = PATH) -> list[dict[str, str]]:
 
 
 def measured(rows: Sequence[Mapping[str, str]], parts: Mapping[str, Sequence[str]] = PARTS) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Batches of all cases, and the microseconds of each part there."""
+    """Batches of all cases, and the microseconds of each part there, CUDA calls added."""
     times = {(row["part"], int(row["batch"]), row["context_tokens"]): float(row["median_us"]) for row in rows}
     cases = sorted({key[1:] for key in times})
-    found = {part: np.array([sum(times[name, *case] for name in names) for case in cases]) for part, names in parts.items()}
+    found = {
+        part: np.array([sum(times[name, *case] for name in names) for case in cases]) + CUDA_CALLS.get(part, 0) * CUDA_LAUNCH_US
+        for part, names in parts.items()
+    }
     return np.array([batch for batch, _ in cases], dtype=float), found
 
 

@@ -8,8 +8,8 @@ with that version's requirements: torch 2.4.0, transformers 4.44, and a C++ comp
 
 Parts: schedule (`Scheduler.schedule`), prepare (`Worker.prepare_input`: input builder, attention and sampling metadata), launch (what
 `LLMEngine.step` does besides: executor, worker, logits), sample_launch (`Sampler.forward` up to where it waits for the device), sample
-(from there: tokens, log-probabilities and outputs as Python objects), process (`_process_model_outputs` when only finished requests
-are answered, as `LLM.generate` asks), outputs (what a RequestOutput for every sequence adds, as a server asks), stats
+(from there: tokens, log-probabilities and outputs as Python objects), process (`_process_model_outputs` with a RequestOutput for every
+sequence, as a server asks), process_finished (the same where only finished requests are answered, as in `LLM.generate`), stats
 (`do_log_stats`, which `LLM` leaves out), layer (a `LlamaDecoderLayer` whose kernels do nothing).
 
 Times are of the thread's processor. It is not alone on its machine, so all cases are run several times over: a row is the quietest
@@ -105,15 +105,13 @@ def measure(engine: Any, clock: Clock, batch: int, prompt_tokens: int, num_steps
         times["sample_launch"].append((spent["sample"] - spent["after sampling"]) / 1e3)
         times["sample"].append(spent["after sampling"] / 1e3)
         times["launch"].append((spent["step"] - inside) / 1e3)
-        times["process" if index % 2 else "process and outputs"].append(spent["process"] / 1e3)
+        times["process_finished" if index % 2 else "process"].append(spent["process"] / 1e3)
         if batch <= MAX_LAYER_BATCH:
             times["layer"].append(spent["layers"] / 1e3 / (NUM_LAYERS - 1))
     engine.step_return_finished_only = False
     assert len(engine.scheduler[0].running) == batch
     engine.abort_request([str(index) for index in range(batch)])
     engine.step()
-    plain = float(np.median(times["process"]))
-    times["outputs"] = [value - plain for value in times.pop("process and outputs")]
     context = prompt_tokens + WARM_STEPS + num_steps // 2
     return [as_row(name, batch, context, values) for name, values in times.items()]
 
