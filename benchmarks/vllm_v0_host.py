@@ -149,22 +149,27 @@ def main() -> None:
         stand_in(options.sources, Path(folder))
         engine, clock = make_engine(Path(folder), NUM_LAYERS), Clock()
         watch_all(engine, clock)
-        for prompt_tokens, batch in [(p, b) for _ in range(options.rounds) for p in PROMPT_TOKENS for b in BATCHES]:
-            new = measure(engine, clock, batch, prompt_tokens, options.steps)
-            print(prompt_tokens, batch, *(f"{row['part']}={row['median_us']}" for row in new), flush=True)
-            for row in new:
-                found[row["part"], row["batch"], row["context_tokens"]].append(row)
+        for _ in range(options.rounds):
+            for prompt_tokens, batch in [(p, b) for p in PROMPT_TOKENS for b in BATCHES]:
+                new = measure(engine, clock, batch, prompt_tokens, options.steps)
+                print(prompt_tokens, batch, *(f"{row['part']}={row['median_us']}" for row in new), flush=True)
+                for row in new:
+                    found[row["part"], row["batch"], row["context_tokens"]].append(row)
+            write(options.out, [quietest(rounds) for rounds in found.values()])  # a round is worth keeping if a later one is cut short
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
     import torch
     import transformers
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", encoding="utf-8", newline="") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
         file.write(f"# vLLM {VERSION} (PyPI wheel, V0 engine, eager), torch {torch.__version__}, transformers "
                    f"{transformers.__version__}, Python {platform.python_version()}\n# {processor()}; made by "
                    "benchmarks/vllm_v0_host.py: thread processor time of one decode step, microseconds\n")  # fmt: skip
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(quietest(rounds) for rounds in found.values())
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":
