@@ -2,9 +2,10 @@
 
     python benchmarks/vllm_v0_host.py SOURCES [--out benchmarks/results/vllm_v0_host.csv] [--steps 80] [--rounds 3]
 
-SOURCES is the wheel of PyPI's vllm 0.6.0, unpacked (`pip download --no-deps vllm==0.6.0`, `unzip`). Run it in an environment of its own
-with its requirements (torch 2.4.0, transformers 4.44; no GPU libraries are used) and a C++ compiler. What is real and what stands in for a GPU is said in
-`vllm_v0_engine.py`. Sequences have temperature 1, top_p 1 and ignore_eos; prompts are prefilled and 200 tokens decoded before timing.
+SOURCES is the wheel of PyPI's vllm 0.6.0, unpacked (`pip download --no-deps vllm==0.6.0`, `unzip`). Run it in an environment of its
+own with its requirements (torch 2.4.0, transformers 4.44; no GPU is used) and a C++ compiler. What is real and what stands in for a GPU
+is said in `vllm_v0_engine.py`. Sequences have temperature 1, top_p 1 and ignore_eos; prompts are prefilled and 200 tokens decoded before
+timing.
 
 Parts: schedule (`Scheduler.schedule`), prepare (`Worker.prepare_input`: input builder, attention and sampling metadata), launch (what
 `LLMEngine.step` does besides: executor, worker, logits), sample_launch (`Sampler.forward` up to where it waits for the device), sample
