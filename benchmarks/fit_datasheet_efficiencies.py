@@ -98,6 +98,8 @@ CHOSEN = {
     "host.vllm_v1.sample.per_sequence_us": (0.5, "assumed: as above"),
     "host.vllm_v1.process.base_us": (150.0, "assumed: detokenisation runs in another process"),
     "host.vllm_v1.process.per_sequence_us": (3.0, "assumed: as above"),
+    "host.vllm_v0.torch_call.base_us": (0.0, "assumed: cost is per call"),
+    "host.vllm_v0.torch_call.per_sequence_us": (10.0, "assumed: batch = number of calls; bare PyTorch takes 5-10 us a launch"),
     "host.vllm_v0.sync.base_us": (0.0, "assumed: cost is per wait"),
     "host.vllm_v0.sync.per_sequence_us": (
         20.0, "assumed: batch = number of waits; one number copied to the host and read, on a device that is idle"),

@@ -64,7 +64,7 @@ def every_step(shape: CacheShape, batch: int, table_tokens: int) -> tuple[Op, ..
     counts = batch * _BLOCK_COUNTS_PER_STEP
     entries = batch * shape.num_pairs * -(-table_tokens // shape.block_size_tokens)
     return (
-        HostWork(_ENGINE, "eager_launch", counts * _LAUNCHES_PER_COUNT),
+        HostWork(_ENGINE, "torch_call", counts * _LAUNCHES_PER_COUNT),
         HostWork(_ENGINE, "sync", counts * _WAITS_PER_COUNT),
         Copy("hbm", _TABLE_PASSES * entries),
     )

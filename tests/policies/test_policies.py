@@ -316,7 +316,7 @@ def test_kv_compress_in_the_papers_engine() -> None:
     """Counts of its code: 12 launches and 3 waits a sequence and step; one thread walks what it evicts, prompts side by side."""
     policy = KVCompress(compression_ratio=4, implementation="paper", table_tokens=19_000, block_rounding="down")
     ops = policy.step_ops(LLAMA_8B, 10, 10 * 500 * LLAMA_8B.num_pairs)
-    assert HostWork("vllm_v0", "eager_launch", 120) in ops and HostWork("vllm_v0", "sync", 30) in ops
+    assert HostWork("vllm_v0", "torch_call", 120) in ops and HostWork("vllm_v0", "sync", 30) in ops
     (tables,) = [op for op in ops if isinstance(op, Copy)]
     assert tables.num_bytes == 10 * LLAMA_8B.num_pairs * 1188 * 21
     assert not [op for op in ops if isinstance(op, PolicyKernel) and op.kernel == "select"], "it sorts where prefills end"
