@@ -13,6 +13,9 @@ LOGIT_BYTES = 4
 SAMPLER_KERNELS = (3,)
 """fp32 values that each kernel of a sampler reads or writes per logit: one cast, then two reads for softmax and argmax."""
 
+QUANTISED_ACTIVATIONS = ("fp8", "int8")
+"""Weights before whose products activations are quantised, by a kernel of its own; tables of such products hold its time."""
+
 
 def linear_ops(model: Model, tp: int, weight_dtype: str, num_tokens: int, eager: bool = False) -> Iterator[tuple[int, Op]]:
     """(times launched, Op) for all layers over `num_tokens` tokens: GEMMs, norms, rotary embedding, activation, all-reduces."""
@@ -55,8 +58,10 @@ def head_ops(
         read = 0
 
 
-def num_launches_per_step(model: Model, tp: int) -> int:
+def num_launches_per_step(model: Model, tp: int, weight_dtype: str) -> int:
     """Kernels a forward pass of one compiled engine launches: what a step without CUDA graphs pays host time for."""
     per_layer = len(model.gemms(tp)) + model.norms_per_layer + 3 + (model.norms_per_layer if tp > 1 else 0)
     per_layer += 2 * model.qk_norm
+    if weight_dtype in QUANTISED_ACTIVATIONS:
+        per_layer += len(model.gemms(tp))
     return model.num_layers * per_layer + 6

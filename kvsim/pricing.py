@@ -122,7 +122,7 @@ class Prices:
         self.profile, self.pool_slots, self.hbm_share = profile, pool_slots, hbm_share
         self.basis: dict[Part, Answer] = {}
         """An answer for each part: how wrong it may be."""
-        self._num_launches = engine.num_launches(model, tp)
+        self._num_launches = engine.num_launches(model, tp, weight_dtype)
         self.linear = _Memo(self._linear)
         self.head = _Memo(self._head)
         self.prefill_policy = _Memo(self._prefill_policy)

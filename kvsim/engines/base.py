@@ -132,9 +132,9 @@ class Engine(Frozen):
         """The cache, wherever it lives, that an engine has with so much GPU memory left."""
         return free_gpu_bytes
 
-    def num_launches(self, model: Model, tp: int) -> int:
+    def num_launches(self, model: Model, tp: int, weight_dtype: str) -> int:
         """Kernels of one forward pass."""
-        return num_launches_per_step(model, tp)
+        return num_launches_per_step(model, tp, weight_dtype)
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
         """A scheduler with an empty queue over this pool."""

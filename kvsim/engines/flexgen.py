@@ -171,7 +171,7 @@ class FlexGen(Engine):
 
     # -- launches -------------------------------------------------------------------------------------------------
 
-    def num_launches(self, model: Model, tp: int) -> int:
+    def num_launches(self, model: Model, tp: int, weight_dtype: str) -> int:
         """Of one GPU batch in a decode step."""
         return model.num_layers * (_ATTENTION_LAUNCHES + _MLP_LAUNCHES) + _OUTER_LAUNCHES
 

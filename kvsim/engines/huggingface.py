@@ -54,7 +54,7 @@ class HuggingFace(Engine):
     def block_tokens(self) -> int:
         return 1
 
-    def num_launches(self, model: Model, tp: int) -> int:
+    def num_launches(self, model: Model, tp: int, weight_dtype: str) -> int:
         return model.num_layers * _LAUNCHES_PER_LAYER + _LAUNCHES_PER_STEP
 
     def host_ops(self, batch: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
