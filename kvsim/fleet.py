@@ -119,9 +119,9 @@ class Member(Replica):
         scheduler = self.scheduler
         self.now = now_ps
         for request in self._inbox:
-            scheduler.arrive(request)
+            self.arrive(request)
         self._inbox.clear()
-        step = self._step = scheduler.pick()
+        step = self._step = self.pick()
         if step is None:
             return -1
         if step.chunks:

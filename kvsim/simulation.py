@@ -46,11 +46,14 @@ class Replica:
         self._stalled = False  # some sequence waits for longer than the next step lasts
         self._plan: CachePlan = costs.plan
         self.compresses = bool(costs.plan.composition.policies)
+        self.arrive = scheduler.notice if scheduler.ahead else scheduler.arrive
+        self.pick = scheduler.pick_ahead if scheduler.ahead else scheduler.pick
 
     def serve(self) -> Generator[simpy.Event, None, None]:
         """The process: runs until every request has been answered."""
         source, check = self.source, self.check
-        timeout, pick, arrive, batch = self.env.timeout, self.scheduler.pick, self.scheduler.arrive, self.scheduler.batch
+        timeout, pick, arrive = self.env.timeout, self.pick, self.arrive
+        batch, waiting = self.scheduler.batch, self.scheduler.waiting
         while True:
             now = self.now
             arrival = source.next_arrival_ps
@@ -78,7 +81,7 @@ class Replica:
                     self.now += elapsed
                     self._advance(steps)
                     arrival = source.next_arrival_ps
-                    if not step.open or not batch.size or (arrival is not None and arrival <= self.now):
+                    if not step.open or waiting or not batch.size or (arrival is not None and arrival <= self.now):
                         break
                     step = pick()
                     assert step is not None and not step.chunks

@@ -4,7 +4,8 @@ After `python/sglang/srt/managers/scheduler.py` and `schedule_policy.py` (memory
 reckoned): while requests wait and fit, the next batch is a prefill of
 up to chunked_prefill_size tokens and decodes stall (no mixed chunks by default); a prompt that does not fit whole goes on in the next
 prefill. A request fits when the pool covers it beside new_token_ratio of what the running ones may still generate; the ratio decays
-with every decode step, and jumps when the pool runs dry and requests are retracted (recomputed later).
+with every decode step, and jumps when the pool runs dry and requests are retracted (recomputed later). With overlap scheduling
+(event_loop_overlap) requests are received, and a batch is chosen and launched, before the result of the one that runs is awaited.
 
 Simplified: requests are retracted last admitted first (SGLang: fewest generated tokens first), and a queue that did not fit is
 looked at again when a request finishes or every 8 decode steps (SGLang: every step).
@@ -88,7 +89,9 @@ class SgLang(Engine):
         )  # fmt: skip
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
-        return _SgLangScheduler(self, pool, plan)
+        made = _SgLangScheduler(self, pool, plan)
+        made.ahead = self.overlap_schedule
+        return made
 
 
 class _SgLangScheduler(Scheduler):
