@@ -23,12 +23,13 @@ from kvsim.policies.compose import CachePlan, Composition
 from kvsim.profile import Profile
 from kvsim.profiles import load_profile
 from kvsim.quality import nearest
-from kvsim.requests import RequestSource
+from kvsim.requests import FrontEnd, RequestSource
 from kvsim.result import PolicyResult, Result
 from kvsim.routers import UNWEIGHTED
 from kvsim.scenario import Scenario
 from kvsim.serving import Parts, RequestCheck, basis, check_number, kv_bytes_per_sequence, run, side_note
 from kvsim.simulation import Replica
+from kvsim.units import ps
 from kvsim.workload import build_source
 
 SingleProgress = Callable[[str, int], None]
@@ -205,6 +206,7 @@ def run_policy(
     deployment and plan has worked out its prices.
     """
     source = build_source(scenario.workload, scenario.base_dir) if source is None else source
+    source = _behind_front_end(source, deployment)
     groups = list(zip(deployment.groups, group_plans(scenario, deployment, name, plan), strict=True))
     if sum(group.replicas for group, _ in groups) > 1:
         parts_of = [PartsOf(group.name, group.replicas, group.weight, _parts(group, own, source)) for group, own in groups]
@@ -233,6 +235,19 @@ def run_policy(
             plan.composition.policies, deployment.model, float(log.request_columns()["prompt_tokens"].mean())
         ),
     )  # fmt: skip
+
+
+def _behind_front_end(source: RequestSource, deployment: Deployment) -> RequestSource:
+    """The source as the engine sees it, or the router of a fleet: one front end stands before all replicas."""
+    delay_s = deployment.engine.front_end_s
+    for group in deployment.groups:
+        own_s = group.deployment.engine.front_end_s
+        if own_s != delay_s:
+            raise InputError(
+                f"{group.field}.engine.front_end_s", own_s, f"must be {delay_s:g} as in the fleet's first group, since the front "
+                "end stands before the router", "give all groups the same",
+            )  # fmt: skip
+    return FrontEnd(source, ps(delay_s)) if delay_s else source
 
 
 def _parts(group: Group, plan: CachePlan, source: RequestSource) -> Parts:

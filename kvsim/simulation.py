@@ -46,13 +46,11 @@ class Replica:
         self._stalled = False  # some sequence waits for longer than the next step lasts
         self._plan: CachePlan = costs.plan
         self.compresses = bool(costs.plan.composition.policies)
-        self.arrive = scheduler.notice if scheduler.ahead else scheduler.arrive
-        self.pick = scheduler.pick_ahead if scheduler.ahead else scheduler.pick
 
     def serve(self) -> Generator[simpy.Event, None, None]:
         """The process: runs until every request has been answered."""
         source, check = self.source, self.check
-        timeout, pick, arrive = self.env.timeout, self.pick, self.arrive
+        timeout, (arrive, pick) = self.env.timeout, self.scheduler.moves()
         batch, waiting = self.scheduler.batch, self.scheduler.waiting
         while True:
             now = self.now

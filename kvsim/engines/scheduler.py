@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 from kvsim.batch import Sequence, decode_batch
@@ -30,7 +31,7 @@ class Step(NamedTuple):
 class Scheduler:
     """Queue and running sequences over a block pool. A subclass says which of them the next step computes (`pick`).
 
-    ahead: each step is decided on while the one before runs, so `notice` and `pick_ahead` stand for `arrive` and `pick`.
+    ahead: each step is decided on while the one before runs.
     """
 
     ahead = False
@@ -52,6 +53,10 @@ class Scheduler:
 
     def arrive(self, request: Request) -> None:
         self.waiting.append(Sequence(request))
+
+    def moves(self) -> tuple[Callable[[Request], None], Callable[[], Step | None]]:
+        """(arrive, pick) as the main loop has to call them."""
+        return (self.notice, self.pick_ahead) if self.ahead else (self.arrive, self.pick)
 
     # -- deciding on a step while the one before runs -----------------------------------------------------------------
 
