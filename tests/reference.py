@@ -687,6 +687,20 @@ SCHEDULERS = {
 }  # fmt: skip
 
 
+class RefFrontEnd(RequestSource):
+    """Requests that can be seen so long after they were sent."""
+
+    def __init__(self, source: RequestSource, delay_ps: int) -> None:
+        self.source, self.delay_ps, self.hash_block_tokens = source, delay_ps, source.hash_block_tokens
+        self.take, self.completed = source.take, source.completed  # type: ignore[method-assign]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "next_arrival_ps":
+            sent = self.source.next_arrival_ps
+            return None if sent is None else sent + self.delay_ps
+        return super().__getattribute__(name)
+
+
 # -- the loop -----------------------------------------------------------------------------------------------------------
 
 
