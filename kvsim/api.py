@@ -23,12 +23,13 @@ from kvsim.policies.compose import CachePlan, Composition
 from kvsim.profile import Profile
 from kvsim.profiles import load_profile
 from kvsim.quality import nearest
-from kvsim.requests import RequestSource
+from kvsim.requests import FrontEnd, RequestSource
 from kvsim.result import PolicyResult, Result
 from kvsim.routers import UNWEIGHTED
 from kvsim.scenario import Scenario
 from kvsim.serving import Parts, RequestCheck, basis, check_number, kv_bytes_per_sequence, run, side_note
 from kvsim.simulation import Replica
+from kvsim.units import ps
 from kvsim.workload import build_source
 
 SingleProgress = Callable[[str, int], None]
@@ -63,6 +64,7 @@ def deploy(scenario: Scenario) -> Deployment:
     """Loads what a scenario names; raises InputError where the parts do not go together."""
     if scenario.fleet:
         groups = tuple(fleet_groups(scenario))
+        _check_front_ends(groups)
         return groups[0].deployment._replace(groups=groups)
     deployment = _deploy_alike(scenario)
     if scenario.replicas > 1:
@@ -93,6 +95,18 @@ def fleet_groups(scenario: Scenario) -> Iterator[Group]:
         policies = None if block.policy is None else tuple(block.policy)
         name = block.name or deployment.gpu.name + (f" tp {deployment.tp}" if deployment.tp > 1 else "")
         yield Group(name, field, block.replicas, block.weight, deployment, policies)
+
+
+def _check_front_ends(groups: tuple[Group, ...]) -> None:
+    """One front end stands before the router, and so before all replicas."""
+    delay_s = groups[0].deployment.engine.front_end_s
+    for group in groups:
+        if group.deployment.engine.front_end_s != delay_s:
+            raise InputError(
+                f"{group.field}.engine.front_end_s", group.deployment.engine.front_end_s,
+                f"must be {delay_s:g} as in the first group: one front end stands before the fleet's router",
+                "give all groups the same",
+            )  # fmt: skip
 
 
 _GROUP_FIELDS = ("gpu", "tensor_parallel", "weight_dtype", "profile", "engine")
@@ -205,6 +219,8 @@ def run_policy(
     deployment and plan has worked out its prices.
     """
     source = build_source(scenario.workload, scenario.base_dir) if source is None else source
+    delay_s = deployment.engine.front_end_s  # of a fleet too: it stands before the router
+    source = FrontEnd(source, ps(delay_s)) if delay_s else source
     groups = list(zip(deployment.groups, group_plans(scenario, deployment, name, plan), strict=True))
     if sum(group.replicas for group, _ in groups) > 1:
         parts_of = [PartsOf(group.name, group.replicas, group.weight, _parts(group, own, source)) for group, own in groups]

@@ -101,7 +101,7 @@ class Member(Replica):
 
     # -- what the fleet tells -------------------------------------------------------------------------------------
 
-    def receive(self, request: Request) -> bool:
+    def receive(self, request: Request, now_ps: int) -> bool:
         """A request is routed here; returns whether the run under way now ends earlier."""
         if self.check is not None:
             self.check(request)
@@ -109,19 +109,20 @@ class Member(Replica):
         self.outstanding_tokens += request.prompt_tokens
         if self._run is None or self._entered or self._cut_ps is not None:
             return False
-        self._cut_ps = request.arrival_ps
-        _, elapsed = self._reached(self._run, request.arrival_ps - self.now)
+        self._cut_ps = now_ps
+        _, elapsed = self._reached(self._run, now_ps - self.now)
         before, self.ends_ps = self.ends_ps, self.now + elapsed
         return self.ends_ps < before
 
     def begin(self, now_ps: int) -> int:
         """At a boundary: what has been routed here joins the queue, and the next step begins, if there is one; returns `ends_ps`."""
         scheduler = self.scheduler
+        arrive, pick = scheduler.moves()
         self.now = now_ps
         for request in self._inbox:
-            scheduler.arrive(request)
+            arrive(request)
         self._inbox.clear()
-        step = self._step = scheduler.pick()
+        step = self._step = pick()
         if step is None:
             return -1
         if step.chunks:
@@ -206,7 +207,7 @@ class Fleet:
             arrival = source.next_arrival_ps
             while arrival is not None and arrival <= now:
                 member = members[choose(now)]
-                if member.receive(source.take()):
+                if member.receive(source.take(), now):
                     heappush(ends, (member.ends_ps, member))
                 elif member.idle and member not in at_boundary:
                     at_boundary.append(member)

@@ -158,6 +158,35 @@ class ClosedLoop(RequestSource):
             self.next_arrival_ps = self._waiting[0][0]
 
 
+class FrontEnd(RequestSource):
+    """A source whose requests reach the engine `delay_ps` after they were sent: HTTP, tokenisation, queues between processes.
+
+    They pass through side by side, so it limits no rate. `Request.arrival_ps` stays the moment of sending, which TTFT starts from.
+    """
+
+    def __init__(self, source: RequestSource, delay_ps: int) -> None:
+        self.hash_block_tokens = source.hash_block_tokens
+        self._source, self._delay_ps = source, delay_ps
+        self._look()
+
+    def _look(self) -> None:
+        sent = self._source.next_arrival_ps
+        self.exhausted = self._source.exhausted
+        self.next_arrival_ps = None if sent is None else sent + self._delay_ps
+
+    def take(self) -> Request:
+        request = self._source.take()
+        self._look()
+        return request
+
+    def completed(self, request: Request, now_ps: int) -> None:
+        self._source.completed(request, now_ps)
+        self._look()
+
+    def notes(self) -> list[str]:
+        return self._source.notes()
+
+
 class Lane(RequestSource):
     """One replica's part of an open loop, split by a router whose choices depend on nothing that replicas do."""
 

@@ -50,7 +50,8 @@ class Replica:
     def serve(self) -> Generator[simpy.Event, None, None]:
         """The process: runs until every request has been answered."""
         source, check = self.source, self.check
-        timeout, pick, arrive, batch = self.env.timeout, self.scheduler.pick, self.scheduler.arrive, self.scheduler.batch
+        timeout, (arrive, pick) = self.env.timeout, self.scheduler.moves()
+        batch, waiting = self.scheduler.batch, self.scheduler.waiting
         while True:
             now = self.now
             arrival = source.next_arrival_ps
@@ -78,7 +79,7 @@ class Replica:
                     self.now += elapsed
                     self._advance(steps)
                     arrival = source.next_arrival_ps
-                    if not step.open or not batch.size or (arrival is not None and arrival <= self.now):
+                    if not step.open or waiting or not batch.size or (arrival is not None and arrival <= self.now):
                         break
                     step = pick()
                     assert step is not None and not step.chunks

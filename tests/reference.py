@@ -687,6 +687,20 @@ SCHEDULERS = {
 }  # fmt: skip
 
 
+class RefFrontEnd(RequestSource):
+    """Requests that can be seen so long after they were sent."""
+
+    def __init__(self, source: RequestSource, delay_ps: int) -> None:
+        self.source, self.delay_ps, self.hash_block_tokens = source, delay_ps, source.hash_block_tokens
+        self.take, self.completed = source.take, source.completed  # type: ignore[method-assign]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "next_arrival_ps":
+            sent = self.source.next_arrival_ps
+            return None if sent is None else sent + self.delay_ps
+        return super().__getattribute__(name)
+
+
 # -- the loop -----------------------------------------------------------------------------------------------------------
 
 
@@ -724,16 +738,20 @@ class RefReplica:
         self.result, self.side_busy_until = RefResult(), 0
         self.scheduler = SCHEDULERS[engine.kind](engine, pool, RefCache(plan), costs.model)
         self.inbox: list[Request] = []  # routed here during the step under way
+        self.ahead = getattr(engine, "overlap_scheduler", False) or getattr(engine, "overlap_schedule", False)
         self.step: RefStep | None = None
         self.started_ps, self.ends_ps = 0, 0
 
     def begin(self, now: int) -> bool:
         """At a boundary; whether there is a step to do."""
         scheduler, costs, contended, pool = self.scheduler, self.costs, self.contended, self.pool
+        step = None
+        if self.ahead and (scheduler.running or scheduler.waiting or scheduler.swapped):
+            step = scheduler.schedule()  # without those who came since the last step began
         for request in self.inbox:
             scheduler.arrive(request)
         self.inbox.clear()
-        step = self.step = scheduler.schedule()
+        step = self.step = scheduler.schedule() if step is None else step
         if step is None:
             return False
         # What the step costs.

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from reference import (
     RefCache,
+    RefFrontEnd,
     RefSequence,
     check_against_reference,
     differences,
@@ -59,7 +60,7 @@ from kvsim.policies.window import Window
 from kvsim.pool import BlockPool, PrefixPool
 from kvsim.profile import Answer, LogBias, Profile, curve_by_answers
 from kvsim.recording import RunLog
-from kvsim.requests import ClosedLoop, OpenLoop, Request, RequestSource
+from kvsim.requests import ClosedLoop, FrontEnd, OpenLoop, Request, RequestSource
 from kvsim.scenario import parse_scenario
 from kvsim.simulation import Replica
 from kvsim.units import PS_PER_S
@@ -155,6 +156,7 @@ class Case:
     tp: int = 1
     extra_units: int = 0
     pool_units: int | None = None
+    front_end_ps: int = 0
 
     def __post_init__(self) -> None:
         engine, model, tp = self.engine, self.model, self.tp
@@ -189,7 +191,7 @@ class Case:
             f"{self.engine!r}\npolicies {self.policies}\npool {self.pool_units} units, {self.plan.prefill_units_per_block} a"
             f" block, lanes {self.plan.lane_units}\nprofile {profile}\nmodel {self.model.num_layers} layers,"
             f" {self.model.num_q_heads}/{self.model.num_kv_heads} heads of {self.model.head_dim}, tp {self.tp}\n"
-            f"requests {requests or getattr(self.source, '__doc__', '')}\nlengths {self.longest}"
+            f"front end of {self.front_end_ps} ps, requests {requests or getattr(self.source, '__doc__', '')}\nlengths {self.longest}"
         )
 
     def costs(self, hbm_share: float = 1.0) -> StepCosts:
@@ -201,8 +203,15 @@ class Case:
     def contended(self) -> StepCosts | None:
         return self.costs(1 - self.engine.side_stream_hbm_frac) if self.engine.policy_stream == "side" else None
 
+    def seen(self, reference: bool = False) -> RequestSource:
+        """The requests behind the front end."""
+        source = self.source()
+        if not self.front_end_ps:
+            return source
+        return (RefFrontEnd if reference else FrontEnd)(source, self.front_end_ps)
+
     def fast(self) -> RunLog:
-        source, engine, capacity = self.source(), self.engine, self.pool_units
+        source, engine, capacity = self.seen(), self.engine, self.pool_units
         assert capacity is not None
         pool = BlockPool(capacity)
         if self._shares(source):
@@ -214,7 +223,7 @@ class Case:
         return replica.log
 
     def check(self) -> None:
-        source, capacity = self.source(), self.pool_units
+        source, capacity = self.seen(reference=True), self.pool_units
         assert capacity is not None
         pool = reference_pool(self.engine, self.plan, capacity, source)
         log = self.fast()
@@ -418,7 +427,8 @@ def cases(draw: st.DrawFn, kinds: tuple[str, ...]) -> Case:
         def source() -> RequestSource:
             return OpenLoop(iter(requests), hash_blocks)
 
-    case = Case(engine, policies, source, lengths, profile, model, tp)
+    front_end_ps = draw(st.sampled_from([0, 0, 0, 1, TICK_PS, 123_456_789]), "front end")
+    case = Case(engine, policies, source, lengths, profile, model, tp, front_end_ps=front_end_ps)
     assert case.pool_units is not None
     case.pool_units += extra * case.plan.prefill_units_per_block
     return case

@@ -166,6 +166,10 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"fleet": [{"engine": {"kind": "vllm_v1", "max_seqs": 3}}]}, ("fleet[0].engine.max_seqs is not a known field", "max_num_seqs")),
     ({"fleet": [{}, {"gpu": "l5"}]}, ("fleet[1].gpu='l5' is not in the catalogue",)),
     ({"fleet": [{}, {"tensor_parallel": 3}]}, ("fleet[1].tensor_parallel=3 must divide",)),
+    (
+        {"fleet": [{}, {"engine": {"kind": "vllm_v1", "front_end_s": 0.01}}]},
+        ("fleet[1].engine.front_end_s=0.01 must be 0 as in the first group", "give all groups the same"),
+    ),
     ({"fleet": [{"replicas": 2}], "replicas": 3}, ("replicas=3 must not be given beside fleet", "leave one of them out")),
     (
         {"fleet": [{"weight": 2}, {}], "router": {"kind": "least_kv_use"}},

@@ -50,7 +50,7 @@ class FleetCase:
     def fast(self, alone: bool = False) -> list[RunLog]:
         """alone: each serves its own part of the traffic by itself, where the router looks at nothing."""
         self.seen: list[list[tuple[int, float]]] = []  # at each choice: (outstanding tokens, KV use) of every replica
-        source, env = self.replicas[0].source(), simpy.Environment(initial_time=0)
+        source, env = self.replicas[0].seen(), simpy.Environment(initial_time=0)
         weights, kind = self.weights, Replica if alone else Member
         lanes = Split(source, self.router.chooser(weights), len(weights)).lanes if alone else None
         shared: dict[int, tuple[Any, Any]] = {}
@@ -82,7 +82,7 @@ class FleetCase:
         return [replica.log for replica in made]
 
     def check(self) -> None:
-        source, replicas = self.replicas[0].source(), []
+        source, replicas = self.replicas[0].seen(reference=True), []
         for case in self.replicas:
             assert case.pool_units is not None
             pool = reference_pool(case.engine, case.plan, case.pool_units, source)
@@ -152,7 +152,7 @@ def test_a_fleet_of_one_is_one_replica(kinds: tuple[str, ...]) -> None:
             reject()
         for log in FleetCase([case], [1.0], router()).fast(), *(
             [FleetCase([case], [1.0], router()).fast(alone=True)]
-            if not router.looks and isinstance(case.source(), OpenLoop) else []
+            if not router.looks and isinstance(case.seen(), OpenLoop) else []
         ):  # fmt: skip
             assert log == [single]
 

@@ -16,6 +16,7 @@ from kvsim.frozen import Frozen
 from kvsim.model import Model
 from kvsim.ops import HostWork, Op
 from kvsim.policies.base import CacheShape
+from kvsim.workload_fields import Number
 
 if TYPE_CHECKING:
     from kvsim.engines.scheduler import Scheduler
@@ -48,6 +49,10 @@ class Engine(Frozen):
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of GPU memory the engine may use")
     enforce_eager: bool = Field(False, description="no CUDA graphs: every kernel is launched from the host")
+    front_end_s: Number = Field(
+        0.0, ge=0, le=60,
+        description="from a request's sending until the scheduler can see it: HTTP, tokenisation, queues between processes",
+    )  # fmt: skip
     policy_stream: Literal["inline", "side"] = Field(
         "inline", description="where prompts are compressed: in the step, or on a side stream that shares HBM bandwidth"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 from kvsim.batch import Sequence, decode_batch
@@ -28,7 +29,12 @@ class Step(NamedTuple):
 
 
 class Scheduler:
-    """Queue and running sequences over a block pool. A subclass says which of them the next step computes (`pick`)."""
+    """Queue and running sequences over a block pool. A subclass says which of them the next step computes (`pick`).
+
+    ahead: each step is decided on while the one before runs.
+    """
+
+    ahead = False
 
     def __init__(self, pool: BlockPool, plan: CachePlan, max_num_seqs: int) -> None:
         self.pool, self.plan, self.max_num_seqs = pool, plan, max_num_seqs
@@ -39,6 +45,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prepaid_units = 0  # of what the next step takes, already taken from the pool
         self.last_decode_ps = 0  # when the decoding batch last got its tokens
+        self.noticed: list[Request] = []  # too late for the step that begins now
 
     def pick(self) -> Step | None:
         """The next step, with its blocks reserved; None where there is nothing to do."""
@@ -46,6 +53,31 @@ class Scheduler:
 
     def arrive(self, request: Request) -> None:
         self.waiting.append(Sequence(request))
+
+    def moves(self) -> tuple[Callable[[Request], None], Callable[[], Step | None]]:
+        """(arrive, pick) as the main loop has to call them."""
+        return (self.notice, self.pick_ahead) if self.ahead else (self.arrive, self.pick)
+
+    # -- deciding on a step while the one before runs -----------------------------------------------------------------
+
+    def notice(self, request: Request) -> None:
+        """`arrive`, when the next step has been decided on."""
+        self.noticed.append(request)
+
+    def pick_ahead(self) -> Step | None:
+        """`pick`, decided on before this moment: who is noticed now joins the queue for the step after, unless all is idle."""
+        noticed = self.noticed
+        if not noticed:
+            step = self.pick()
+            # Who comes during a run must not be taken for one noticed at its end, even where nobody could be admitted.
+            return step if step is None or step.chunks else step._replace(open=True)
+        step = self.pick() if self.running or self.waiting or self.swapped else None
+        for request in noticed:
+            self.arrive(request)
+        noticed.clear()
+        if step is None:
+            return self.pick()
+        return step if step.chunks else step._replace(max_steps=1)
 
     # -- moves ----------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,8 @@ After `python/sglang/srt/managers/scheduler.py` and `schedule_policy.py` (memory
 reckoned): while requests wait and fit, the next batch is a prefill of
 up to chunked_prefill_size tokens and decodes stall (no mixed chunks by default); a prompt that does not fit whole goes on in the next
 prefill. A request fits when the pool covers it beside new_token_ratio of what the running ones may still generate; the ratio decays
-with every decode step, and jumps when the pool runs dry and requests are retracted (recomputed later).
+with every decode step, and jumps when the pool runs dry and requests are retracted (recomputed later). With overlap scheduling
+(event_loop_overlap) requests are received, and a batch is chosen and launched, before the result of the one that runs is awaited.
 
 Simplified: requests are retracted last admitted first (SGLang: fewest generated tokens first), and a queue that did not fit is
 looked at again when a request finishes or every 8 decode steps (SGLang: every step).
@@ -25,13 +26,16 @@ from kvsim.ops import HostWork
 from kvsim.policies.compose import CachePlan
 from kvsim.pool import BlockPool
 from kvsim.requests import Request
-from kvsim.units import MIB
+from kvsim.units import GIB, MIB
 
 _INITIAL_RATIO, _LEAST_RATIO, _DECAY_STEPS = 0.7, 0.098, 600
 """SGLANG_INIT_NEW_TOKEN_RATIO 0.7, times SGLANG_MIN_NEW_TOKEN_RATIO_FACTOR 0.14 at least, over 600 decode steps
 (python/sglang/global_config.py)."""
 _CLIP_TOKENS = 4096
 """CLIP_MAX_NEW_TOKENS_ESTIMATION: no request is thought to generate more than this when others are admitted."""
+_CONTEXT_BYTES = int(0.5 * GIB)
+"""0.4-0.6 GiB in nvidia-smi for an idle PyTorch process; assumed. model_runner.py takes the pool from the memory that is free after
+the weights, less (1 - mem_fraction_static) of what was free before them, both beside the context."""
 
 
 class SgLang(Engine):
@@ -68,7 +72,10 @@ class SgLang(Engine):
     def memory_lines(self, model: Model, tp: int, weight_dtype: str) -> tuple[MemoryLine, ...]:
         mib = 512 + 1.5 * max(self.chunked_prefill_size_tokens, 2048) + 2 * self.capture_sizes[-1] + 128 * tp
         note = "SGLang's own reckoning: 512 MiB, 1.5 MiB a token of a prefill batch, 2 MiB a captured batch size, 128 MiB a GPU"
-        return (MemoryLine(ACTIVATIONS, int(mib * MIB), note),)
+        return (
+            MemoryLine("CUDA context", _CONTEXT_BYTES, "assumed; SGLang reckons with what is free once it is there"),
+            MemoryLine(ACTIVATIONS, int(mib * MIB), note),
+        )
 
     def flags(self, model: Model, tp: int) -> tuple[str, ...]:
         """Server arguments of SGLang 0.5 (docs.sglang.io, "Server Arguments")."""
@@ -88,7 +95,9 @@ class SgLang(Engine):
         )  # fmt: skip
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
-        return _SgLangScheduler(self, pool, plan)
+        made = _SgLangScheduler(self, pool, plan)
+        made.ahead = self.overlap_schedule
+        return made
 
 
 class _SgLangScheduler(Scheduler):

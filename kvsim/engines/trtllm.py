@@ -3,7 +3,9 @@
 After its documentation ("Scheduler", "Overlap Scheduler") and `tensorrt_llm/_torch/pyexecutor`: the capacity scheduler admits a
 request only when all it may ever hold is free beside what was promised to others (GUARANTEED_NO_EVICT); the micro-batch scheduler
 takes generation requests first, then whole prompts while they fit max_num_tokens, or chunks of them. Context and generation
-attention are separate launches; iterations without prompts replay CUDA graphs.
+attention are separate launches; iterations without prompts replay CUDA graphs. With the overlap scheduler (`py_executor.py`,
+_executor_loop_overlap) new requests are fetched, and an iteration is scheduled and launched, before the outputs of the one that
+runs are awaited.
 """
 
 from __future__ import annotations
@@ -97,9 +99,13 @@ class TensorRtLlm(Engine):
         )  # fmt: skip
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
-        if self.capacity_policy == "max_utilization":
-            return V1Scheduler(pool, plan, self.max_batch_size, self.max_num_tokens, False, self.chunked_context)
-        return _NoEvictScheduler(self, pool, plan)
+        made = (
+            V1Scheduler(pool, plan, self.max_batch_size, self.max_num_tokens, False, self.chunked_context)
+            if self.capacity_policy == "max_utilization"
+            else _NoEvictScheduler(self, pool, plan)
+        )
+        made.ahead = self.overlap_scheduler
+        return made
 
 
 class _NoEvictScheduler(V1Scheduler):
