@@ -80,7 +80,9 @@ class LiveReplica(Replica):
         self._live_costs.run = lambda: self._run(step.chunks, list(self.scheduler.batch.members) if step.decodes else [])
         return super()._prefill(step)
 
-    def decode_run(self, costs: object, batch: DecodeBatch, limit_ps: int | None, max_steps: int) -> Run:  # type: ignore[override]
+    def decode_run(  # type: ignore[override]
+        self, costs: object, batch: DecodeBatch, limit_ps: int | None, max_steps: int, decided: bool = False
+    ) -> Run:
         """One real step."""
         elapsed = self._run([], list(batch.members))
         return 1, elapsed, [(0, elapsed, 0, 1)]

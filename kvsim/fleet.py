@@ -24,7 +24,7 @@ from kvsim.engines.scheduler import Scheduler, Step
 from kvsim.requests import Request, RequestSource
 from kvsim.routers import Choose
 from kvsim.runs import decode_run
-from kvsim.simulation import Progress, Replica
+from kvsim.simulation import NEVER_PS, Progress, Replica, last_step_ps
 
 
 class Member(Replica):
@@ -45,7 +45,9 @@ class Member(Replica):
         # Runs are looked at under prices whose account nobody reads.
         self._preview = costs.twin()
         self._contended_preview = None if contended is None else contended.twin()
-        self._inbox: list[Request] = []  # routed here since the last boundary
+        self._inbox: list[tuple[Request, int]] = []  # routed here since the last boundary, and when
+        self._begun_ps = -1 if scheduler.ahead else NEVER_PS  # the last step's beginning: who came later has to wait one more
+        self.decides_ahead = False  # runs are seen to end where requests come
         self.outstanding_tokens = 0
         self._step: Step | None = None
         self._run: Run | None = None  # of decode steps, as far as it would go
@@ -105,7 +107,7 @@ class Member(Replica):
         """A request is routed here; returns whether the run under way now ends earlier."""
         if self.check is not None:
             self.check(request)
-        self._inbox.append(request)
+        self._inbox.append((request, now_ps))
         self.outstanding_tokens += request.prompt_tokens
         if self._run is None or self._entered or self._cut_ps is not None:
             return False
@@ -117,12 +119,14 @@ class Member(Replica):
     def begin(self, now_ps: int) -> int:
         """At a boundary: what has been routed here joins the queue, and the next step begins, if there is one; returns `ends_ps`."""
         scheduler = self.scheduler
-        arrive, pick = scheduler.moves()
         self.now = now_ps
-        for request in self._inbox:
-            arrive(request)
+        for request, came_ps in self._inbox:
+            if came_ps <= self._begun_ps:
+                scheduler.arrive(request)
+            else:
+                scheduler.notice(request)
         self._inbox.clear()
-        step = self._step = pick()
+        step = self._step = scheduler.pick_ahead() if scheduler.ahead else scheduler.pick()
         if step is None:
             return -1
         if step.chunks:
@@ -148,12 +152,16 @@ class Member(Replica):
             )
             self.outstanding_tokens += tokens
             self._end_prefill(step, started_ps)
+            if self.scheduler.ahead:
+                self._begun_ps = started_ps
             return
         self._run = None
         if not self._entered:
             run = self._decode(step, self._cut_ps)
         self.now += run[1]
         assert self.now == ends_ps, "a run ended elsewhere than it was seen to"
+        if self.scheduler.ahead:
+            self._begun_ps = self.now - last_step_ps(run[2])
         self._advance(run[0])
 
     def close(self) -> None:

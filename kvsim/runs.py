@@ -20,18 +20,20 @@ if TYPE_CHECKING:
 _NEVER = 1 << 60
 
 
-def decode_run(costs: StepCosts, batch: DecodeBatch, limit_ps: int | None, max_steps: int) -> Run:
+def decode_run(costs: StepCosts, batch: DecodeBatch, limit_ps: int | None, max_steps: int, decided: bool = False) -> Run:
     """Decode steps from the batch's next one on: `max_steps`, or fewer where an arrival `limit_ps` ahead is noticed.
 
     The run ends with the first step that ends at or after the arrival. No sequence may finish or turn before its
     last step. Equals that many calls of `StepCosts.decode_step`, to the picosecond.
+
+    decided: the step after that one is decided on already, and may be part of the run.
     """
     table: BatchTable = costs.tables[batch.size]
     limit = _NEVER if limit_ps is None else limit_ps
     if batch.num_periodic:
         return _sawtooth(costs, batch, table, limit, max_steps)
     if table.lone is not None and not batch.acting:
-        return _lone(costs, batch, table, table.lone, limit, max_steps)
+        return _lone(costs, batch, table, table.lone, limit, max_steps, decided)
     done = elapsed = 0
     pieces: list[Piece] = []
     if batch.acting:  # what policies do in the first step makes it unlike the others
@@ -97,7 +99,9 @@ def _straight(
     return done, elapsed, pieces
 
 
-def _lone(costs: StepCosts, batch: DecodeBatch, table: BatchTable, curve: Curve, limit: int, max_steps: int) -> Run:
+def _lone(
+    costs: StepCosts, batch: DecodeBatch, table: BatchTable, curve: Curve, limit: int, max_steps: int, decided: bool
+) -> Run:
     """`_straight` over one scalar, which is what nearly every run is: written out, since whole simulations hang on it."""
     xs, d, x = curve.xs, batch.growth[0], batch.read[0]
     cell = bisect_right(xs, x) - 1
@@ -125,7 +129,8 @@ def _lone(costs: StepCosts, batch: DecodeBatch, table: BatchTable, curve: Curve,
         triangle = steps * (steps - 1) // 2
         ends = elapsed + steps * first + slope * triangle
         if ends > limit:
-            steps = steps_to_reach(limit - elapsed, first, slope, steps)
+            reached = steps_to_reach(limit - elapsed, first, slope, steps)
+            steps = reached + 1 if decided and reached < steps else reached
             triangle = steps * (steps - 1) // 2
             ends = elapsed + steps * first + slope * triangle
         pieces.append((elapsed, first, slope, steps))

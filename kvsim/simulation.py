@@ -11,7 +11,7 @@ import simpy
 
 from kvsim.batch import Sequence
 from kvsim.cost import StepCosts
-from kvsim.cost_types import Run
+from kvsim.cost_types import Piece, Run
 from kvsim.engines.scheduler import Scheduler, Step
 from kvsim.ops import Copy
 from kvsim.policies.compose import CachePlan
@@ -21,7 +21,14 @@ from kvsim.runs import decode_run
 from kvsim.units import PS_PER_S
 
 Progress = Callable[[int], None]
+NEVER_PS = 1 << 62
 _PROGRESS_EVERY = 256
+
+
+def last_step_ps(pieces: list[Piece]) -> int:
+    """Duration of a run's last step."""
+    _, first, growth, steps = pieces[-1]
+    return first + growth * (steps - 1)
 
 
 class Replica:
@@ -46,12 +53,16 @@ class Replica:
         self._stalled = False  # some sequence waits for longer than the next step lasts
         self._plan: CachePlan = costs.plan
         self.compresses = bool(costs.plan.composition.policies)
+        # The end of a side stream cuts a run like an arrival, and changes what the next step costs.
+        self.decides_ahead = scheduler.ahead and contended is None
 
     def serve(self) -> Generator[simpy.Event, None, None]:
         """The process: runs until every request has been answered."""
-        source, check = self.source, self.check
-        timeout, (arrive, pick) = self.env.timeout, self.scheduler.moves()
-        batch, waiting = self.scheduler.batch, self.scheduler.waiting
+        source, check, timeout = self.source, self.check, self.env.timeout
+        scheduler, ahead = self.scheduler, self.scheduler.ahead
+        arrive, notice, pick = scheduler.arrive, scheduler.notice, scheduler.pick_ahead if ahead else scheduler.pick
+        batch, waiting = scheduler.batch, scheduler.waiting
+        begun = -1 if ahead else NEVER_PS  # the last step's beginning, after which nobody is in time for the next
         while True:
             now = self.now
             arrival = source.next_arrival_ps
@@ -59,7 +70,10 @@ class Replica:
                 request = source.take()
                 if check is not None:
                     check(request)
-                arrive(request)
+                if arrival <= begun:
+                    arrive(request)
+                else:
+                    notice(request)
                 arrival = source.next_arrival_ps
             step = pick()
             if step is None:
@@ -72,11 +86,15 @@ class Replica:
                 yield timeout(duration)
                 self.now = now + duration
                 self._end_prefill(step, now)
+                if ahead:
+                    begun = now
             else:
                 # A completion that nobody waits for decides nothing: runs follow one another, and the process sleeps once.
                 while True:
-                    steps, elapsed, _ = self._decode(step, arrival)
+                    steps, elapsed, pieces = self._decode(step, arrival)
                     self.now += elapsed
+                    if ahead:
+                        begun = self.now - last_step_ps(pieces)
                     self._advance(steps)
                     arrival = source.next_arrival_ps
                     if not step.open or waiting or not batch.size or (arrival is not None and arrival <= self.now):
@@ -162,7 +180,7 @@ class Replica:
             costs = self.contended
             ends = self.side_busy_until_ps - now
             limit = ends if limit is None else min(limit, ends)
-        run = self.decode_run(costs, batch, limit, step.max_steps)
+        run = self.decode_run(costs, batch, limit, step.max_steps, self.decides_ahead)
         if step.swapped_units:
             run = self._swap(run, step.swapped_units)
         if self._stalled:

@@ -738,7 +738,8 @@ class RefReplica:
         self.result, self.side_busy_until = RefResult(), 0
         self.scheduler = SCHEDULERS[engine.kind](engine, pool, RefCache(plan), costs.model)
         self.inbox: list[Request] = []  # routed here during the step under way
-        self.ahead = getattr(engine, "overlap_scheduler", False) or getattr(engine, "overlap_schedule", False)
+        names = ("overlap_scheduler", "overlap_schedule", "async_scheduling")
+        self.ahead = any(getattr(engine, name, False) for name in names)
         self.step: RefStep | None = None
         self.started_ps, self.ends_ps = 0, 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import NamedTuple
 
 from kvsim.batch import Sequence, decode_batch
@@ -54,23 +53,17 @@ class Scheduler:
     def arrive(self, request: Request) -> None:
         self.waiting.append(Sequence(request))
 
-    def moves(self) -> tuple[Callable[[Request], None], Callable[[], Step | None]]:
-        """(arrive, pick) as the main loop has to call them."""
-        return (self.notice, self.pick_ahead) if self.ahead else (self.arrive, self.pick)
-
     # -- deciding on a step while the one before runs -----------------------------------------------------------------
 
     def notice(self, request: Request) -> None:
-        """`arrive`, when the next step has been decided on."""
+        """`arrive` for who came after the last step had begun: the next one has been decided on."""
         self.noticed.append(request)
 
     def pick_ahead(self) -> Step | None:
         """`pick`, decided on before this moment: who is noticed now joins the queue for the step after, unless all is idle."""
         noticed = self.noticed
         if not noticed:
-            step = self.pick()
-            # Who comes during a run must not be taken for one noticed at its end, even where nobody could be admitted.
-            return step if step is None or step.chunks else step._replace(open=True)
+            return self.pick()
         step = self.pick() if self.running or self.waiting or self.swapped else None
         for request in noticed:
             self.arrive(request)

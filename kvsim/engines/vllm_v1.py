@@ -49,7 +49,8 @@ class VllmV1(Engine):
 
     async_scheduling: bool = Field(
         True,
-        description="the host prepares a step while the device runs the one before, as vLLM does by default since 0.14; "
+        description="the host decides on a step and prepares it while the device runs the one before, as vLLM does by default "
+        "since 0.14: who arrives meanwhile waits for one more; "
         "False: schedule and prepare, then the device, then process outputs",
     )
 
@@ -112,10 +113,12 @@ class VllmV1(Engine):
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
         recalls = self.enable_prefix_caching and plan.composition.blocks_shareable and plan.prefill_units_per_block == 1
-        return V1Scheduler(
+        made = V1Scheduler(
             pool, plan, self.max_num_seqs, self.max_num_batched_tokens, self.reserve_full_prompt,
             recall_block_tokens=self.block_size_tokens if recalls else 0,
         )  # fmt: skip
+        made.ahead = self.async_scheduling
+        return made
 
 
 _NO_CHUNKS: list[tuple[Sequence, Chunk]] = []
