@@ -60,17 +60,10 @@ class AdaKV(Rule):
         floor = window + int(policy.floor_frac * (policy.budget_tokens - window))
         for layer in seq.layers:
             votes = pooled(window_votes(seq, layer, window), policy.pool_kernel_tokens, "max", window)
-            heads = votes.shape[0]
-            kept = [row for row in best(votes, floor, window)]
-            rest = votes.clone()
-            rest[:, number - window :] = -torch.inf
-            for head, slots in enumerate(kept):
-                rest[head, slots] = -torch.inf
-            winners = rest.flatten().topk(heads * (policy.budget_tokens - floor)).indices
-            for head in range(heads):
-                won = winners[winners // number == head] % number
-                kept[head] = torch.cat((kept[head], won)).sort().values
-            compact(seq, layer, kept)
+            chosen = torch.zeros_like(votes, dtype=torch.bool).scatter_(1, best(votes, floor, window), True)
+            rest = votes.masked_fill(chosen, -torch.inf).flatten()
+            chosen.view(-1)[rest.topk(votes.shape[0] * (policy.budget_tokens - floor)).indices] = True
+            compact(seq, layer, [row.nonzero()[:, 0] for row in chosen])
 
 
 class KVCompress(Rule):

@@ -25,6 +25,8 @@ class Rule:
     prompt_statistic: str | None = None
     decode_statistic: str | None = None
     keeps_positions = False
+    num_near = 0
+    """First slots that come no further from the query than the cache is long, however long the text: positions are the cache's."""
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
