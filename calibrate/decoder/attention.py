@@ -59,8 +59,7 @@ def decode(layer: LayerCache, q: torch.Tensor, now: int, how: Positions) -> tupl
     gap = now + 1 - longest  # tokens that have left between the sinks and the others
     num_sink = how.num_sink if gap else 0
     if num_sink and how.rotary is not None:
-        nearer = how.rotary.rotate(q[None].float(), how.rotary.turn_by(-gap)).unflatten(1, (heads, -1))[0]
-        logits[..., :num_sink] = torch.bmm(nearer, k[:, :num_sink].transpose(1, 2))
+        logits[..., :num_sink] = torch.matmul(rows, how.rotary.turn(-gap)) @ k[:, :num_sink].transpose(1, 2)
     if layer.pruned is not None and any(layer.pruned.lengths):
         assert layer.channels is not None
         narrow_k, narrow_v = layer.pruned.read()

@@ -111,13 +111,20 @@ class Rotary:
     def __init__(self, spec: DecoderSpec, device: torch.device) -> None:
         self.dim, self.interleaved = spec.rotary_dim, spec.interleaved
         self.frequencies = spec.rope_theta ** -(torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
-        self.turn_by = lru_cache(maxsize=64)(lambda positions: self.angles(torch.tensor([positions], device=device)))
-        """Angles of so many positions; all layers of a step ask for the same."""
+        self.head_dim = spec.model.head_dim
+        self.turn = lru_cache(maxsize=64)(self._turn)
+        """Kept, since all layers of a step ask for the same."""
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) `[positions, rotary_dim/2]`."""
         angle = positions[:, None].float() * self.frequencies
         return angle.cos(), angle.sin()
+
+    def _turn(self, positions: int) -> torch.Tensor:
+        """fp32 `[d, d]`: what rows are multiplied by to be turned by so many positions."""
+        device = self.frequencies.device
+        every = torch.eye(self.head_dim, device=device)[:, None]
+        return self.rotate(every, self.angles(torch.tensor([positions], device=device)))[:, 0]
 
     def rotate(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """x `[tokens, heads, d]` at the angles of its tokens."""
