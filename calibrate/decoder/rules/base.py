@@ -60,10 +60,15 @@ def pooled(votes: torch.Tensor, width: int, kind: str, window: int) -> torch.Ten
     return torch.cat((smooth, votes[:, before.shape[2] :]), 1)
 
 
-def window_votes(seq: CachedSequence, layer: LayerCache, queries: int, statistic: str = "sum") -> torch.Tensor:
+def window_votes(
+    seq: CachedSequence, layer: LayerCache, queries: int, statistic: str = "sum", pool_tokens: int = 1, kind: str = "mean", window: int = 0
+) -> torch.Tensor:  # fmt: skip
+    """Votes of the prompt's last queries, pooled over `pool_tokens` neighbours but for the last `window` tokens."""
     assert layer.window is not None
     q = layer.window[-queries:]
     votes = attention.column_scores(layer, q, seq.num_tokens - len(q), statistic, seq.how)
+    if pool_tokens > 1:
+        votes = pooled(votes, pool_tokens, kind, window)
     seq.clock.mark("prefill_scores")
     return votes
 
