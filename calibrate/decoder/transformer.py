@@ -112,8 +112,8 @@ class Rotary:
         self.dim, self.interleaved = spec.rotary_dim, spec.interleaved
         self.frequencies = spec.rope_theta ** -(torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
         self.head_dim = spec.model.head_dim
-        self.turn = lru_cache(maxsize=64)(self._turn)
-        """Kept, since all layers of a step ask for the same."""
+        self.turn = lru_cache(maxsize=256)(self._turn)
+        """Kept, since all layers of a step ask for the same: one for each sequence of a batch."""
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) `[positions, rotary_dim/2]`."""

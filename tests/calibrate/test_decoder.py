@@ -341,6 +341,22 @@ def test_the_cache_has_the_layout_of_the_kernels() -> None:
     torch.testing.assert_close(out, expected[0].float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["full", "int4", "fp8"])
+@pytest.mark.parametrize("lengths", [(20, 20), (37, 5)])
+def test_compaction_moves_rows_as_they_are_stored(name: str, lengths: tuple[int, int]) -> None:
+    """Nothing is rounded a second time, whether heads keep equally many tokens or not, and blocks behind are free."""
+    decoder, sequence = filled(STEADY[name], 50)
+    rows, generator = sequence.layers[1].full, torch.Generator().manual_seed(5)
+    before = rows.read()
+    free = len(decoder.full.free)
+    kept = [torch.randperm(50, generator=generator)[:number].sort().values for number in lengths]
+    rows.keep(kept)
+    for old, new in zip(before, rows.read(), strict=True):
+        for head, slots in enumerate(kept):
+            assert torch.equal(new[head, : len(slots)], old[head, slots])
+    assert len(decoder.full.free) - free == 2 * 4 - sum(-(-number // 16) for number in lengths)
+
+
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])
 def test_prompt_tokens_are_chosen_as_the_kernels_choose(name: str) -> None:
     policies: list[Policy] = [SnapKV(budget_tokens=32, window_tokens=8)] if name == "snapkv" else [H2O(budget_tokens=32)]
