@@ -30,7 +30,7 @@ def costs(engine: str, policy: dict[str, Any], model: str = "llama-2-7b", bits: 
 
 
 def rotations(priced: StepCosts, slots: int) -> list[PolicyKernel]:
-    return [op for op in priced.plan.step_ops(8, slots) if isinstance(op, PolicyKernel) and op.kernel == "rerotate"]
+    return [op for op in priced.plan.step_ops(8, slots) if isinstance(op, PolicyKernel) and op.kernel in ("rerotate", "rotate_chain")]
 
 
 @pytest.mark.parametrize("engine", ["vllm_v1", "vllm_v0", "sglang", "trtllm", "huggingface", "torch_decoder"])
