@@ -203,6 +203,25 @@ def mask_bytes(s: Shape, e: int) -> int:
     return 2 * e * column_elements(s) * s["kept_tokens"] + masks + listed
 
 
+# --- StreamingLLM's positions inside the cache ------------------------------------------------------------------------
+def rotate_inputs(s: Shape, make: Maker) -> Inputs:
+    """Keys as they are cached before rotation, [b, h, s, d], and cosines and sines of every place, [1, 1, s, d]."""
+    angles = (make.normal(1, 1, s["kv_tokens"], s["head_dim"]) for _ in range(2))
+    return v_cache(s, make), *angles
+
+
+def rotate_chain(inputs: Inputs) -> Any:
+    """x·cos + rotate_half(x)·sin over all keys: `apply_rotary_pos_emb_single` of github.com/mit-han-lab/streaming-llm."""
+    keys, cos, sin = inputs
+    first, second = keys.chunk(2, dim=-1)
+    return keys * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rotate_bytes(s: Shape, e: int) -> int:
+    """Passes over the keys: negate half 1, concatenate 2, two products 2 each, a sum 3 = 10; cosines and sines read once."""
+    return e * (10 * cache_elements(s) + 2 * s["kv_tokens"] * s["head_dim"])
+
+
 def kept(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     """Keyformer at 50 %."""
     return tuple(s | {"kept_tokens": s["kv_tokens"] // 2} for s in shapes)
@@ -245,6 +264,10 @@ HF_OPS = (
     Bench(
         "gather_kv", kept(grid(**BATCH_S, **CACHE, k_cache=(1, 0))), kept(grid(**TINY, **TINY_CACHE, k_cache=(1, 0))),
         gather_inputs, gather, gather_bytes, no_flops,
+    ),
+    Bench(
+        "rotate_chain", grid(**BATCH_S, **CACHE), grid(**TINY, **TINY_CACHE),
+        rotate_inputs, rotate_chain, rotate_bytes, flops=lambda s: 3 * cache_elements(s), modes=CHAIN,
     ),
     Bench(
         "mask_select_kv", kept(grid(**BATCH_S, **CACHE, k_cache=(1, 0))),

@@ -163,7 +163,7 @@ class Case:
         kv_bytes = 1.0 if engine.kv_cache_dtype == "fp8" else 2.0
         shape = CacheShape(
             model.num_layers, model.q_heads_per_gpu(tp), model.kv_heads_per_gpu(tp), model.head_dim, kv_bytes,
-            engine.block_tokens,
+            engine.block_tokens, engine.rotation_passes,
         )  # fmt: skip
         self.plan = CachePlan(Composition(self.policies), shape, engine.kv_dtype(), engine.layout)
         if self.pool_units is None:

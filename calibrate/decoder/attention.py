@@ -18,32 +18,33 @@ SCORE_ROWS = 256
 class Positions:
     """How positions enter attention beside rotation at write.
 
-    slopes: ALiBi's, `[q_heads]`, or None. rotary: where keys are stored before rotation and turned as they are read, by their place in
-    the cache (StreamingLLM), or None.
+    slopes: ALiBi's, `[q_heads]`, or None. rotary: the model's, or None. num_sink: first slots whose distance from the query is that in
+    the cache, not in the text (StreamingLLM). All that attention sees of positions is distances, and those of the newest tokens are the
+    same in cache and text. So keys stay as they were written, rotated at their positions in the text, and for the sinks alone the
+    query is turned back by the tokens that have left between.
     """
 
     slopes: torch.Tensor | None = None
     rotary: Rotary | None = None
+    num_sink: int = 0
+
+
+def keys(layer: LayerCache) -> torch.Tensor:
+    """fp32 K `[heads, longest, head_dim]` of the full lane, its ring's tokens in full precision."""
+    k, ring = layer.full.read_keys(), layer.ring
+    if ring is not None and layer.full.lengths[0]:
+        k = torch.cat((k[:, : layer.quantized], ring.get(ring.k, layer.quantized, layer.full.lengths[0])), 1)
+    return k
 
 
 def numbers(layer: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 K and V `[heads, longest, head_dim]` of the full lane, its ring's tokens in full precision."""
-    k, v = layer.full.read()
-    ring = layer.ring
+    """The same of K and V."""
+    v, ring = layer.full.read_values(), layer.ring
     if ring is not None and layer.full.lengths[0]:
         n = layer.full.lengths[0]
         narrow = max(0, n - ring.size)
-        k = torch.cat((k[:, : layer.quantized], ring.get(ring.k, layer.quantized, n)), 1)
         v = torch.cat((v[:, :narrow], ring.get(ring.v, narrow, n)), 1)
-    return k, v
-
-
-def in_cache_order(layer: LayerCache, number: int) -> torch.Tensor:
-    """Place of each slot of head 0 among the positions in the cache: heads share theirs where positions are re-assigned."""
-    if layer.positions is None:
-        return torch.arange(number, device=layer.full.device)
-    order = layer.positions[0, :number].argsort()
-    return torch.empty_like(order).scatter_(0, order, torch.arange(number, device=order.device))
+    return keys(layer), v
 
 
 def decode(layer: LayerCache, q: torch.Tensor, now: int, how: Positions) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,12 +54,12 @@ def decode(layer: LayerCache, q: torch.Tensor, now: int, how: Positions) -> tupl
     """
     k, v = numbers(layer)
     heads, longest, head_dim = k.shape[0], k.shape[1], q.shape[1]
-    if how.rotary is not None:
-        places = in_cache_order(layer, longest)
-        k = how.rotary.rotate(k.transpose(0, 1), how.rotary.angles(places)).transpose(0, 1)
-        q = how.rotary.rotate(q[None], how.rotary.angles(torch.tensor([longest - 1], device=q.device)))[0]
     rows = q.float().unflatten(0, (heads, -1))
     logits = torch.bmm(rows, k.transpose(1, 2))
+    gap = now + 1 - longest  # tokens that have left between the sinks and the others
+    num_sink = how.num_sink if gap else 0
+    if num_sink and how.rotary is not None:
+        logits[..., :num_sink] = torch.matmul(rows, how.rotary.turn(-gap)) @ k[:, :num_sink].transpose(1, 2)
     if layer.pruned is not None and any(layer.pruned.lengths):
         assert layer.channels is not None
         narrow_k, narrow_v = layer.pruned.read()
@@ -69,7 +70,9 @@ def decode(layer: LayerCache, q: torch.Tensor, now: int, how: Positions) -> tupl
     if how.slopes is not None:
         number = logits.shape[2]
         at = torch.arange(number, device=q.device).expand(heads, -1) if layer.positions is None else layer.positions[:, :number]
-        logits = logits + how.slopes.unflatten(0, (heads, -1))[..., None] * (at - now)[:, None]
+        distance = at - now
+        distance[:, :num_sink] += gap
+        logits = logits + how.slopes.unflatten(0, (heads, -1))[..., None] * distance[:, None]
     if not layer.full.even:
         ends = torch.tensor(layer.full.lengths, device=q.device)[:, None, None]
         unused = torch.arange(logits.shape[2], device=q.device) >= ends
@@ -87,9 +90,6 @@ def prefill(layer: LayerCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         k, v = torch.cat((old_k.transpose(0, 1), k.float())), torch.cat((old_v.transpose(0, 1), v.float()))
     else:
         k, v = k.float(), v.float()
-    if how.rotary is not None:
-        turn = how.rotary.angles(torch.arange(start + new, device=q.device))
-        k, q = how.rotary.rotate(k, turn), how.rotary.rotate(q, tuple(part[start:] for part in turn))
     queries, keys, values = (x.transpose(0, 1)[None] for x in (q.float(), k, v))
     mask = None
     if start or how.slopes is not None:
@@ -109,17 +109,13 @@ def column_scores(
 
     statistic: "sum", "square", "count" (of α > 1/t) or "gumbel" of causal probabilities. fp32 `[kv_heads, tokens]`.
     """
-    k, _ = numbers(layer)
+    k = keys(layer)
     heads, number, head_dim = k.shape
     scores = torch.zeros(heads, number, device=q.device)
-    if how.rotary is not None:
-        k = how.rotary.rotate(k.transpose(0, 1), how.rotary.angles(in_cache_order(layer, number))).transpose(0, 1)
     token = torch.arange(number, device=q.device)
     for first in range(0, q.shape[0], SCORE_ROWS):
         part = q[first : first + SCORE_ROWS]
         at = torch.arange(start + first, start + first + len(part), device=q.device)
-        if how.rotary is not None:
-            part = how.rotary.rotate(part, how.rotary.angles(at))
         rows = part.float().transpose(0, 1).unflatten(0, (heads, -1))  # [heads, group, queries, d]
         logits = torch.matmul(rows, k.transpose(1, 2)[:, None]) * head_dim**-0.5
         if how.slopes is not None:

@@ -74,32 +74,27 @@ class Rows:
         self.lane.keys.write(blocks, offsets, k)
         self.lane.values.write(blocks, offsets, v)
 
+    def read_keys(self) -> torch.Tensor:
+        """fp32 `[heads, longest, width]`; what lies past a head's length is anything finite or not."""
+        return self.lane.keys.read(self.table)[:, : max(self.lengths)]
+
+    def read_values(self) -> torch.Tensor:
+        return self.lane.values.read(self.table)[:, : max(self.lengths)]
+
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """fp32 K and V `[heads, longest, width]`; what lies past a head's length is anything finite or not."""
-        longest = max(self.lengths)
-        k, v = self.lane.keys.read(self.table), self.lane.values.read(self.table)
-        return k[:, :longest], v[:, :longest]
+        return self.read_keys(), self.read_values()
 
     def keep(self, kept: list[torch.Tensor]) -> None:
-        """Compaction: of each head these slots stay, in this order; blocks behind are freed."""
-        k, v = self.read()
+        """Compaction: of each head these slots stay, in this order, as they are stored; blocks behind are freed."""
         lengths = [len(slots) for slots in kept]
-        most = max(lengths)
-        # Heads with fewer repeat their last slot: a row past a length is never read.
-        index = torch.stack([torch.nn.functional.pad(slots, (0, most - len(slots))) for slots in kept])[..., None]
-        k, v = k.gather(1, index.expand(-1, -1, k.shape[2])), v.gather(1, index.expand(-1, -1, v.shape[2]))
+        heads = torch.arange(len(kept)).repeat_interleave(torch.tensor(lengths)).to(self.device)
+        moved = self.lane.take_rows(*self._flat_places(heads, torch.cat(kept)))
         self.resize(lengths)
-        for head, length in enumerate(lengths) if len(set(lengths)) > 1 else ():
-            self._put_head(head, k[head, :length], v[head, :length])
-        if len(set(lengths)) == 1 and most:
-            self.put(torch.arange(most, device=self.device).expand(len(lengths), -1), k, v)
+        slots = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        self.lane.put_rows(*self._flat_places(heads, slots), moved)
 
-    def _put_head(self, head: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        slots = torch.arange(len(k), device=self.device)
-        if len(k):
-            blocks, offsets = self.table[head, slots // self.block_size], slots % self.block_size
-            self.lane.keys.write(blocks, offsets, k)
-            self.lane.values.write(blocks, offsets, v)
+    def _flat_places(self, heads: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.table[heads, slots // self.block_size], slots % self.block_size
 
     def clear(self) -> None:
         self.resize([0] * len(self.lengths))

@@ -74,13 +74,13 @@ class Decoder:
         self.rules: list[Rule] = [rule_of(policy) for policy in (composition.tokens, composition.channels)]
         self.full, self.pruned = make_lanes(plan, pool_bytes, dtype, self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        unrotated = composition.tokens.moves_positions and transformer.rotary is not None
         slopes = None
         if transformer.spec.model.position == "alibi":
             slopes = alibi_slopes(shape.q_heads, self.device)
-        self.how = Positions(slopes, transformer.rotary if unrotated else None)
+        self.how = Positions(slopes, transformer.rotary, max(rule.num_near for rule in self.rules))
+        evicts = composition.tokens.dimension == "tokens" and not plan.prunes
         self.window_queries = max(rule.window_queries for rule in self.rules)
-        self.keeps_positions = any(rule.keeps_positions for rule in self.rules)
+        self.keeps_positions = any(rule.keeps_positions for rule in self.rules) or (slopes is not None and evicts)
         self.residual_tokens = plan.window_tokens
         statistics = [rule for rule in self.rules if rule.prompt_statistic or rule.decode_statistic]
         self.scoring: Rule | None = statistics[0] if statistics else None
@@ -137,7 +137,7 @@ class Decoder:
                 outputs.append(attend_one(item.sequence, index, q[rows], k[rows], v[rows]))
             return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-        hidden = self.transformer.hidden(torch.cat([item.tokens for item in work]), positions, attend, self.how.rotary is None)
+        hidden = self.transformer.hidden(torch.cat([item.tokens for item in work]), positions, attend)
         ended, last, end = [], [], 0
         for item in work:
             end += len(item.tokens)

@@ -128,6 +128,14 @@ class Lane:
         self.free = list(range(num_blocks - 1, -1, -1))
         self.num_blocks = num_blocks
 
+    def take_rows(self, blocks: torch.Tensor, offsets: torch.Tensor) -> list[torch.Tensor]:
+        """Keys and values at these places, copied as they are stored: codes stay codes. Not for codecs that store whole groups."""
+        return [tensor[blocks, offsets] for tensor in (*self.keys.tensors, *self.values.tensors)]
+
+    def put_rows(self, blocks: torch.Tensor, offsets: torch.Tensor, rows: list[torch.Tensor]) -> None:
+        for tensor, own in zip((*self.keys.tensors, *self.values.tensors), rows, strict=True):
+            tensor[blocks, offsets] = own
+
     def take(self, number: int) -> list[int]:
         """Raises OutOfBlocks."""
         if number > len(self.free):

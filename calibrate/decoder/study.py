@@ -25,6 +25,8 @@ from kvsim.policies.compose import CachePlan, Composition
 
 STEP = "step"
 """Status of the row that ends a case: what the plain step took."""
+END_REPEATS = 9
+"""Of a prompt's end, which takes a few milliseconds."""
 FOLDER = "decode"
 """Of the rows, inside the calibration's folder."""
 ELEMENT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
@@ -121,7 +123,7 @@ class Bench:
         """(seconds of the plain step, rows). Raises OutOfBlocks and torch's out-of-memory errors."""
         decoder, dtype = self.decoder(case.model, case.policy), self.study.weight_dtype
         if not case.batch:
-            step_s, found = sample_end(decoder, case.tokens, self.study.steps)
+            step_s, found = sample_end(decoder, case.tokens, END_REPEATS)
         elif case.prior_tokens is None:
             sample = sample_decode(decoder, case.batch, case.tokens, self.study.steps, dtype)
             step_s, found = sample.step_s, sample.rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ class Transformer:
         model = spec.model
         self._splits = [model.num_q_heads * model.head_dim, *[model.num_kv_heads * model.head_dim] * 2]
 
-    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, rotate_keys: bool = True) -> torch.Tensor:
-        """Last hidden states, normed, `[tokens, hidden]`. rotate_keys False: keys are stored before rotation."""
+    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Last hidden states, normed, `[tokens, hidden]`."""
         spec, weights = self.spec, self.weights
         x = F.embedding(tokens, weights.embedding)
         if weights.positions is not None:
@@ -40,7 +41,7 @@ class Transformer:
         for index, layer in enumerate(weights.layers):
             normed = self._norm(x, layer.norms[0])
             mark("norm")
-            mixed = self._attention(index, layer, normed, turn, attend, rotate_keys)
+            mixed = self._attention(index, layer, normed, turn, attend)
             if len(layer.norms) == 1:  # attention and MLP beside each other (GPT-J)
                 x = x + mixed + self._mlp(layer, normed)
             else:
@@ -58,8 +59,7 @@ class Transformer:
         return out
 
     def _attention(
-        self, index: int, layer: Layer, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor] | None, attend: Attend,
-        rotate_keys: bool,
+        self, index: int, layer: Layer, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor] | None, attend: Attend
     ) -> torch.Tensor:  # fmt: skip
         model = self.spec.model
         packed = F.linear(x, layer.matrices["qkv"], layer.biases.get("qkv"))
@@ -70,9 +70,7 @@ class Transformer:
             q, k = (F.rms_norm(part, part.shape[-1:], weight, self.spec.norm_eps)
                     for part, weight in zip((q, k), layer.qk_norms, strict=True))  # fmt: skip
         if turn is not None and self.rotary is not None:
-            q = self.rotary.rotate(q, turn)
-            if rotate_keys:
-                k = self.rotary.rotate(k, turn)
+            q, k = self.rotary.rotate(q, turn), self.rotary.rotate(k, turn)
         mark("rope_and_kv_write")
         mixed = attend(index, q, k, v).flatten(1)
         mark("attention")
@@ -113,11 +111,20 @@ class Rotary:
     def __init__(self, spec: DecoderSpec, device: torch.device) -> None:
         self.dim, self.interleaved = spec.rotary_dim, spec.interleaved
         self.frequencies = spec.rope_theta ** -(torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
+        self.head_dim = spec.model.head_dim
+        self.turn = lru_cache(maxsize=256)(self._turn)
+        """Kept, since all layers of a step ask for the same: one for each sequence of a batch."""
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) `[positions, rotary_dim/2]`."""
         angle = positions[:, None].float() * self.frequencies
         return angle.cos(), angle.sin()
+
+    def _turn(self, positions: int) -> torch.Tensor:
+        """fp32 `[d, d]`: what rows are multiplied by to be turned by so many positions."""
+        device = self.frequencies.device
+        every = torch.eye(self.head_dim, device=device)[:, None]
+        return self.rotate(every, self.angles(torch.tensor([positions], device=device)))[:, 0]
 
     def rotate(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """x `[tokens, heads, d]` at the angles of its tokens."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvsim.calibrate.device.points import Heads, Point
 from kvsim.dtypes import kv_bytes_per_element
+from kvsim.engines.huggingface import HuggingFace
 from kvsim.ops import DecodeAttention, Op, PolicyKernel
 from kvsim.policies import kernels as counted
 from kvsim.policies.base import CacheShape
@@ -143,6 +144,7 @@ def engine_points(
 ) -> Iterator[Point]:  # fmt: skip
     """What Hugging Face's eager decoding does to a contiguous cache, as kvsim/engines/huggingface.py describes it."""
     element_bytes, torch_dtype = kv_bytes_per_element(dtype), "float32" if dtype == "fp32" else "bfloat16"
+    rotated = one_layer(h, element_bytes)._replace(rotation_passes=HuggingFace.rotation_passes)
     for batch, count in product(batches, tokens):
         half = batch * count * h.kv_heads * h.head_dim * element_bytes
         shape: Fields = {"batch": batch, "kv_tokens": count, "kv_heads": h.kv_heads, "head_dim": h.head_dim}
@@ -151,6 +153,7 @@ def engine_points(
             ("cat_innermost", PolicyKernel("cat_innermost", 2 * half, 0.0, 1, "engine"), {"contiguous": 1}),
             ("cat_token", PolicyKernel("cat_token", 2 * half, 0.0, 1, "engine"), {}),
             ("index_select_beams", PolicyKernel("index_select_beams", 2 * half, 0.0, 1, "engine"), {}),
+            ("rotate_chain", counted.rerotate(rotated, batch * count * h.kv_heads), {}),
             ("softmax_chain", PolicyKernel("softmax_chain", 10.0 * scores, 0.0, 5, "engine"), {"q_heads": h.q_heads, "fp32": 1}),
         ):
             yield Point(op, "engine", torch_dtype, (("bench", kernel), ("shape", tuple((shape | extra).items()))), 0.3)

@@ -73,6 +73,9 @@ class Engine(Frozen):
     """fp32 values per logit that each kernel of its sampler reads or writes."""
     one_by_one: ClassVar[bool] = False
     """Policies' kernels are launched for one sequence of the batch after the other."""
+    rotation_passes: ClassVar[int] = 0
+    """How often all cached rotary keys are read and written again in a step where a policy moves their positions; 0: attention rotates
+    keys as it reads them (FlashInfer's ROPE_LLAMA does), or turns the query in their place, as kvsim's decoder does."""
     updates_whole_pool: ClassVar[bool] = True
     """KV-Compress's metrics are updated over the whole block pool in every step, as in its fork of vLLM."""
     host_overlap: ClassVar[Literal["async", "sync"]] = "async"

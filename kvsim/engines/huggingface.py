@@ -49,6 +49,9 @@ class HuggingFace(Engine):
     layout: ClassVar[str] = "contiguous"
     mixes_attention: ClassVar[bool] = False
     host_overlap: ClassVar[Literal["async", "sync"]] = "async"
+    rotation_passes: ClassVar[int] = 5
+    """x·cos + rotate_half(x)·sin over the whole cache, in StreamingLLM's code for Llama: negation of a half (½ pass), concatenation (1),
+    two products (1 each), a sum of two (1½): five launches."""
 
     @property
     def block_tokens(self) -> int:

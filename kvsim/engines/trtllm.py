@@ -52,6 +52,8 @@ class TensorRtLlm(Engine):
     # cuda_graph_config with padding: powers of two, then steps of 8 up to max_batch_size (128 by default).
     capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 129, 8))
     mixes_attention: ClassVar[bool] = False
+    rotation_passes: ClassVar[int] = 1
+    """`invokeShiftKCache` of its attention operator, which reads the cached keys and writes rotated ones beside them."""
     command: ClassVar[str] = "trtllm-serve"
     stock_kv_dtypes: ClassVar[tuple[str, ...]] = ("auto", "bf16", "fp16", "fp8")
     kernels: ClassVar[str] = "trtllm"

@@ -23,7 +23,11 @@ Needs = Literal["nothing", "window_queries", "prompt_queries", "decode_probabili
 
 
 class CacheShape(NamedTuple):
-    """The cache of one GPU: heads are per GPU, `element_bytes` is the engine's own KV element."""
+    """The cache of one GPU: heads are per GPU, `element_bytes` is the engine's own KV element.
+
+    rotation_passes: how often the engine reads and writes all cached keys in a step to turn them to positions that moved; 0 where
+    attention does it as it reads, and where positions are not rotary.
+    """
 
     num_layers: int
     q_heads: int
@@ -31,6 +35,7 @@ class CacheShape(NamedTuple):
     head_dim: int
     element_bytes: float
     block_size_tokens: int
+    rotation_passes: int = 0
 
     @property
     def group(self) -> int:
@@ -72,7 +77,7 @@ class Policy(Frozen):
     per_head_lengths: ClassVar[bool] = False
     """KV heads of a sequence hold different numbers of tokens: the engine needs a block table for each head."""
     moves_positions: ClassVar[bool] = False
-    """Positions are re-assigned inside the cache: rotary keys are rotated again."""
+    """Positions are re-assigned inside the cache: attention takes rotary keys at others than they were written at."""
     blocks_shareable: ClassVar[bool] = False
     """Compressed blocks are a function of the tokens before them alone, so a prefix cache may share them."""
     full_cache: ClassVar[bool] = False

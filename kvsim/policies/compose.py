@@ -351,7 +351,7 @@ class CachePlan:
 
     def attention(self, layer_group: int, batch: int, units: float, longest: float) -> DecodeAttention:
         """Attention of one layer of the group that reads `units` scalar units over all the group's layers."""
-        _, q_heads, kv_heads, head_dim, _, _ = self.shape
+        _, q_heads, kv_heads, head_dim, *_ = self.shape
         per_layer = self._slots_per_layer[layer_group]
         return DecodeAttention(
             batch, q_heads, kv_heads, head_dim, round(units * per_layer), round(longest * per_layer / kv_heads),

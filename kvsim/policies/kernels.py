@@ -93,10 +93,11 @@ def compact(shape: CacheShape, kept_slots: int) -> PolicyKernel:
 
 
 def rerotate(shape: CacheShape, num_slots: int) -> PolicyKernel:
-    """Keys rotated to their position inside the cache: read and written once."""
+    """Keys rotated to their position inside the cache: read and written once by a kernel, pass by pass by a chain of eager launches."""
+    passes = max(1, shape.rotation_passes)
     return PolicyKernel(
-        "rerotate", bytes_moved=num_slots * shape.slot_bytes, flops=3.0 * num_slots * shape.head_dim,
-        num_launches=shape.num_layers,
+        "rerotate" if passes == 1 else "rotate_chain", bytes_moved=passes * num_slots * shape.slot_bytes,
+        flops=3.0 * num_slots * shape.head_dim, num_launches=passes * shape.num_layers,
     )
 
 

@@ -8,15 +8,16 @@ from pydantic import Field
 
 from kvsim.ops import Op
 from kvsim.policies.base import CacheShape, HeadGroup, Policy, SequenceShape
-from kvsim.policies.kernels import compact
+from kvsim.policies.kernels import compact, rerotate
 from kvsim.policies.ramp import Ramp
 
 
 class StreamingLLM(Policy):
     """Keep the first `sink_tokens` and the newest `window_tokens`; the slot of the oldest is taken by the step's own token.
 
-    Positions are those inside the cache. Keys are stored before rotation and rotated as attention reads them, as in the
-    reference code, so a step launches nothing extra.
+    Positions are those inside the cache. The reference code (Hugging Face) stores keys before rotation and rotates all of them in
+    every step, and so does TensorRT-LLM, in a kernel. It need not cost anything: a kernel may rotate keys as it reads them, or turn
+    the query back for the sinks, since the newest tokens are as far from it in the cache as in the text.
     """
 
     kind: Literal["streaming_llm"] = "streaming_llm"
@@ -41,5 +42,15 @@ class StreamingLLM(Policy):
             return ()
         return (compact(shape, self.budget_tokens * shape.num_pairs),)
 
+    def step_ops(self, shape: CacheShape, batch: int, num_slots: int) -> tuple[Op, ...]:
+        """Every key to its place in the cache, where attention does not do it."""
+        return (rerotate(shape, num_slots),) if shape.rotation_passes else ()
+
     def published_budget(self) -> dict[str, float]:
         return {"kept_tokens": self.budget_tokens}
+
+    def notes(self) -> tuple[str, ...]:
+        return (
+            "positions in the cache: huggingface and trtllm rotate all cached keys in every step, as their code does; attention of the "
+            "other engines is assumed to do it as it reads, at no cost",
+        )

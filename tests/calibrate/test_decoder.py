@@ -253,6 +253,65 @@ def test_logits_equal_hugging_face(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.stack(rows), expected, rtol=1e-3, atol=1e-3)
 
 
+def sinks_and_window(model: Model, num_sink: int, window: int, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits of every decode step by StreamingLLM's rule as its reference code has it: keys are cached before rotation and all of them
+    are rotated in every step by their place in the cache, the query by the last place. In float64, by complex numbers."""
+    ours, d = transformer(model), model.head_dim
+    frequencies = 10_000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    rotary, ours.rotary = ours.rotary, None  # queries and keys come as they are
+
+    def turned(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """x `[tokens, heads, d]` at these places, where positions are rotary."""
+        if rotary is None:
+            return x.double()
+        pairs = x.double().unflatten(2, (-1, 2)) if rotary.interleaved else x.double().unflatten(2, (2, -1)).transpose(2, 3)
+        by = torch.polar(torch.ones(1, dtype=torch.float64), places.double()[:, None] * frequencies)
+        out = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * by[:, None])
+        return out.flatten(2) if rotary.interleaved else out.transpose(2, 3).flatten(2)
+
+    caches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    slopes = 2.0 ** (-8 / model.num_q_heads * torch.arange(1, model.num_q_heads + 1).double()) * (model.position == "alibi")
+
+    def attend(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if index in caches:
+            k, v = (torch.cat(pair) for pair in zip(caches[index], (k, v), strict=True))
+            if len(k) > num_sink + window:
+                k, v = (torch.cat((x[:num_sink], x[-window:])) for x in (k, v))
+        caches[index] = k, v
+        places = torch.arange(len(k))
+        keys, queries = turned(k, places), turned(q, places[-len(q) :])
+        group = model.num_q_heads // model.num_kv_heads
+        distance = places - places[-len(q) :, None]
+        logits = torch.einsum("qhd,khd->hqk", queries, keys.repeat_interleave(group, 1)) * d**-0.5 + slopes[:, None, None] * distance
+        weights = logits.masked_fill(distance > 0, -torch.inf).softmax(2)
+        return torch.einsum("hqk,khd->qhd", weights, v.double().repeat_interleave(group, 1)).to(q.dtype)
+
+    with torch.inference_mode():
+        ours.hidden(ids[:prompt], torch.arange(prompt), attend)
+        for index, cache in caches.items():
+            caches[index] = tuple(torch.cat((x[:num_sink], x[max(num_sink, prompt - window) :])) for x in cache)  # type: ignore[assignment]
+        steps = range(prompt, len(ids))
+        return torch.cat([ours.logits(ours.hidden(ids[at : at + 1], torch.tensor([at]), attend)) for at in steps])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-j", "mpt"])
+@pytest.mark.parametrize(("prompt", "chunk"), [(9, 9), (50, 50), (50, 13)])
+def test_positions_are_those_in_the_cache(family: str, prompt: int, chunk: int) -> None:
+    """StreamingLLM and its window without sinks, while the cache fills and long after: 60 steps with a window of 12."""
+    model = FAMILIES[family]
+    ids = tokens(prompt + 60)
+    for num_sink in (4, 0):
+        decoder = Decoder(
+            transformer(model), plan_of([StreamingLLM(sink_tokens=num_sink, window_tokens=12)], model), POOL_BYTES, torch.float32
+        )
+        sequence = decoder.open(prompt, max_steps=60)
+        for first in range(0, prompt, chunk):
+            decoder.step([(sequence, ids[first : min(first + chunk, prompt)])], [])
+        rows = [decoder.step([], [(sequence, int(token))])[0] for token in ids[prompt:]]
+        expected = sinks_and_window(model, num_sink, 12, ids, prompt)
+        torch.testing.assert_close(torch.stack(rows), expected, rtol=2e-3, atol=2e-3)
+
+
 def test_a_folder_without_the_tensors_is_refused(tmp_path: Path) -> None:
     spec: DecoderSpec = spec_of(TINY)
     with pytest.raises(InputError, match="safetensors"):
@@ -280,6 +339,22 @@ def test_the_cache_has_the_layout_of_the_kernels() -> None:
     lengths = torch.tensor([layer.full.lengths], dtype=torch.int32)
     expected, _ = decode_attention.reference(q[None], *lanes, lengths, layer.full.table[None].int())
     torch.testing.assert_close(out, expected[0].float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["full", "int4", "fp8"])
+@pytest.mark.parametrize("lengths", [(20, 20), (37, 5)])
+def test_compaction_moves_rows_as_they_are_stored(name: str, lengths: tuple[int, int]) -> None:
+    """Nothing is rounded a second time, whether heads keep equally many tokens or not, and blocks behind are free."""
+    decoder, sequence = filled(STEADY[name], 50)
+    rows, generator = sequence.layers[1].full, torch.Generator().manual_seed(5)
+    before = rows.read()
+    free = len(decoder.full.free)
+    kept = [torch.randperm(50, generator=generator)[:number].sort().values for number in lengths]
+    rows.keep(kept)
+    for old, new in zip(before, rows.read(), strict=True):
+        for head, slots in enumerate(kept):
+            assert torch.equal(new[head, : len(slots)], old[head, slots])
+    assert len(decoder.full.free) - free == 2 * 4 - sum(-(-number // 16) for number in lengths)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])

@@ -313,6 +313,8 @@ def test_cuda_modes_divide_by_the_calls_they_ran(maker, monkeypatch):
         ("gumbel_softmax_chain", {"batch": 1, "q_heads": 2, "kv_tokens": 3}, 2, 2 * (78 + 18 + 12), 54),
         ("topk", {"batch": 1, "q_heads": 2, "kv_tokens": 6, "kept_tokens": 3}, 2, 24 + 60, 0),
         ("gather_kv", {"batch": 3, "kv_heads": 2, "head_dim": 4, "kv_tokens": 6, "kept_tokens": 3}, 2, 288 + 48, 0),
+        # keys 24: 10 passes; cos and sin 12 each
+        ("rotate_chain", {"batch": 1, "kv_heads": 2, "head_dim": 4, "kv_tokens": 3}, 2, 480 + 48, 72),
         # rows 288; masks 12 x (1 + 9); indices 2 x 24 bytes x 18 kept
         ("mask_select_kv", {"batch": 3, "kv_heads": 2, "head_dim": 4, "kv_tokens": 6, "kept_tokens": 3}, 2, 1272, 0),
     ],
@@ -365,6 +367,15 @@ def test_softmax_chain_equals_plain_softmax_of_kept_tokens(maker, fp32):
     weights = torch.exp(logits.double() / 128**0.5 + bias.double()) * keep[:, None, None, :]
     assert torch.allclose(out.double(), weights / weights.sum(-1, keepdim=True), atol=1e-6)
     assert out.dtype == logits.dtype
+
+
+def test_rotate_chain_turns_pairs_of_channels(maker):
+    """The pair (j, j + d/2) of a key as a complex number, times cos + i·sin."""
+    (keys, cos, sin), out = compute("rotate_chain", maker, head_dim=6)
+    cos[..., 3:], sin[..., 3:] = cos[..., :3], sin[..., :3]  # as a rotary embedding has them
+    out = BY_NAME["rotate_chain"].run((keys, cos, sin))
+    expected = torch.complex(keys[..., :3], keys[..., 3:]) * torch.complex(cos[..., :3], sin[..., :3])
+    assert torch.allclose(out, torch.cat((expected.real, expected.imag), -1), atol=1e-5)
 
 
 def test_gumbel_softmax_chain_accumulates_a_distribution_per_beam(maker):

@@ -219,6 +219,24 @@ def test_window_slides() -> None:
     assert Window(window_tokens=8).stored(prompt(20), only_group(Window())) == 8
 
 
+# -- StreamingLLM ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes", [0, 1, 5])
+def test_streaming_llm_rotates_every_cached_key_where_attention_does_not(passes: int) -> None:
+    """Llama-3.1-8B: a token's keys are 64 KiB over all layers, read and written by each pass."""
+    policy, shape, resident = StreamingLLM(), LLAMA_8B._replace(rotation_passes=passes), 1024 * LLAMA_8B.num_pairs
+    ops = policy.step_ops(shape, 1, resident)
+    if not passes:
+        assert ops == ()
+        return
+    (op,) = ops
+    assert isinstance(op, PolicyKernel) and op.num_launches == 32 * passes
+    assert op.kernel == ("rerotate" if passes == 1 else "rotate_chain")
+    assert op.bytes_moved == 1024 * passes * 2 * 64 * 1024
+    assert not any(p.step_ops(shape, 1, resident) for p in (Full(), Window(window_tokens=1024), SnapKV(budget_tokens=64)))
+
+
 # -- Scissorhands ------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kvsim.calibrate.decoder import attention
-from kvsim.calibrate.decoder.rules.base import Rule, best, compact, pooled, window_votes
+from kvsim.calibrate.decoder.rules.base import Rule, best, compact, window_votes
 
 if TYPE_CHECKING:
     from kvsim.calibrate.decoder.decoder import CachedSequence
@@ -30,7 +30,7 @@ class SnapKV(Rule):
         window = self.window_queries
         for layer, budget in zip(seq.layers, self.budgets(seq), strict=True):
             if budget < seq.num_tokens:
-                votes = pooled(window_votes(seq, layer, window), self.policy.pool_kernel_tokens, "mean", window)
+                votes = window_votes(seq, layer, window, "sum", self.policy.pool_kernel_tokens, "mean", window)
                 compact(seq, layer, list(best(votes, budget, window)))
 
 
@@ -59,18 +59,11 @@ class AdaKV(Rule):
             return
         floor = window + int(policy.floor_frac * (policy.budget_tokens - window))
         for layer in seq.layers:
-            votes = pooled(window_votes(seq, layer, window), policy.pool_kernel_tokens, "max", window)
-            heads = votes.shape[0]
-            kept = [row for row in best(votes, floor, window)]
-            rest = votes.clone()
-            rest[:, number - window :] = -torch.inf
-            for head, slots in enumerate(kept):
-                rest[head, slots] = -torch.inf
-            winners = rest.flatten().topk(heads * (policy.budget_tokens - floor)).indices
-            for head in range(heads):
-                won = winners[winners // number == head] % number
-                kept[head] = torch.cat((kept[head], won)).sort().values
-            compact(seq, layer, kept)
+            votes = window_votes(seq, layer, window, "sum", policy.pool_kernel_tokens, "max", window)
+            chosen = torch.zeros_like(votes, dtype=torch.bool).scatter_(1, best(votes, floor, window), True)
+            rest = votes.masked_fill(chosen, -torch.inf).flatten()
+            chosen.view(-1)[rest.topk(votes.shape[0] * (policy.budget_tokens - floor)).indices] = True
+            compact(seq, layer, [row.nonzero()[:, 0] for row in chosen])
 
 
 class KVCompress(Rule):
@@ -86,8 +79,7 @@ class KVCompress(Rule):
     def prompt_ends(self, seq: CachedSequence) -> None:
         policy = self.policy
         for layer in seq.layers:
-            votes = window_votes(seq, layer, self.window_queries, "square")
-            layer.scores = pooled(votes, policy.pool_kernel_tokens, "max", 0)
+            layer.scores = window_votes(seq, layer, self.window_queries, "square", policy.pool_kernel_tokens, "max")
         self._compress(seq)
 
     def before_step(self, seq: CachedSequence) -> None:

@@ -25,6 +25,8 @@ class Rule:
     prompt_statistic: str | None = None
     decode_statistic: str | None = None
     keeps_positions = False
+    num_near = 0
+    """First slots that come no further from the query than the cache is long, however long the text: positions are the cache's."""
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
@@ -58,10 +60,15 @@ def pooled(votes: torch.Tensor, width: int, kind: str, window: int) -> torch.Ten
     return torch.cat((smooth, votes[:, before.shape[2] :]), 1)
 
 
-def window_votes(seq: CachedSequence, layer: LayerCache, queries: int, statistic: str = "sum") -> torch.Tensor:
+def window_votes(
+    seq: CachedSequence, layer: LayerCache, queries: int, statistic: str = "sum", pool_tokens: int = 1, kind: str = "mean", window: int = 0
+) -> torch.Tensor:  # fmt: skip
+    """Votes of the prompt's last queries, pooled over `pool_tokens` neighbours but for the last `window` tokens."""
     assert layer.window is not None
     q = layer.window[-queries:]
     votes = attention.column_scores(layer, q, seq.num_tokens - len(q), statistic, seq.how)
+    if pool_tokens > 1:
+        votes = pooled(votes, pool_tokens, kind, window)
     seq.clock.mark("prefill_scores")
     return votes
 

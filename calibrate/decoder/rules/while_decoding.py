@@ -106,7 +106,8 @@ class Window(Steady):
     def __init__(self, policy: Any) -> None:
         super().__init__(policy)
         self.num_sink = getattr(policy, "sink_tokens", 0)
-        self.keeps_positions = policy.moves_positions
+        self.keeps_positions = False
+        self.num_near = self.num_sink if policy.moves_positions else 0
 
     def budget(self, seq: SequenceShape) -> int:
         return int(self.num_sink + self.policy.window_tokens)
