@@ -45,15 +45,19 @@ logs, `requests` a real vLLM run, `silicon` serving on H100s; the last two need 
 TAIL = """
 ## What is missed, and what we know of why
 
-- **KV-Compress, throughput.** Largest batches agree (median error 0 % and 1.5 %), but kvsim is 20-30 % too fast for plain vLLM 0.6 already
-  and more so at high compression, where prefill dominates. On the L4 the published rates imply some 30 TFLOP/s in prefill, a quarter of
-  its peak: the card runs at 72 W, its profile is carried from the L40S and RTX 4090 by board power, and says 60. On the H100 (the 94 GB
-  card, carried from the SXM one) FP8 prefill of a 2024 vLLM ran at some 370 TFLOP/s, ours says 650 from vLLM 0.24. The fork's own work
-  during prefill (squared attention in Python, sorting all metrics) is not modelled beyond its bytes.
-- **TTFT on H100** (26 %; it was 40 %) is a queue of the client's own making. Clients stay in trains: an answer's end brings the next
-  prompt just after the following step has been decided on. Three things made most of the difference, none of them a fit to rows: an
-  engine that decides a step ahead makes that prompt wait for one step more; a pause of some milliseconds, front end or client, makes it
-  miss a step at all; and the steps of the sweep hold concurrency + prompt + 1,500 tokens, as its publisher's tool sets them, not 8,192.
+- **KV-Compress, throughput.** Largest batches agree (median error 0 % below the caps, 0 % and 0.4 % at them): the caps of 123 and 243
+  sequences, which nothing published explains, are what the memory holds at 144 slots a sequence. The fork's own work is priced as its
+  code reads (`implementation: paper`): one GPU thread that walks what a prompt evicts, a wait for the device three times a sequence and
+  step, block tables copied whole. That moved the errors from 39 % and 72 % to 24 % and 34 %. What is left is there in plain vLLM 0.6
+  already: its steps are 12-16 ms longer than simulated on the H100 at batches from 3 to 51, and 14-24 ms on the L4. vLLM 0.6's Python was
+  measured (0.9 ms and 60 us a sequence on a Xeon core; eager launches, 16 ms for 80 layers, hide behind the device unless the host is
+  twice as slow), so a slow host, or less bandwidth than an L4 (257 of 300 GB/s) and an H100 NVL are credited with, would explain it;
+  nothing but these rows says which. Not modelled: loops over all running sequences at every compression, some 0.25 ms each; paged attention
+  that reads the cache for every query head.
+- **TTFT on H100** (25 %; it was 40 %) is a queue of the client's own making. Clients stay in trains: an answer's end brings the next
+  prompt just after the following step has been decided on. Three things made most of the difference: an engine that decides a step ahead
+  makes that prompt wait for one step more; a pause of 5 ms, front end or client, fitted on the calibrate groups, makes it miss a step at
+  all; and the steps of the sweep hold concurrency + prompt + 1,500 tokens, as its publisher's tool sets them, not 8,192.
 - **TTFT of TensorRT-LLM, 8B** is still 24-43 % too low. At 8 to 64 clients its mean exceeds what is simulated by (time of an answer) /
   (number of clients): one client of all always waits for a whole answer, on 2 and on 8 GPUs alike, and under Qwen3-32B none. At 128
   clients 10 to 40 wait. No limit on requests or tokens a second, nor a server shared by both, fits: on 8 GPUs 36 requests a second go
