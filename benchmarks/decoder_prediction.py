@@ -66,7 +66,7 @@ def fit(study: Study, folder: Path, gpu: Gpu, device: torch.device) -> tuple[Pat
     path = folder / "benchmark-profile.json"
     write_profile(profile, path)
     times = {key: seconds for key, seconds in step_times(file) if key.startswith(f"{CPU_UNSEEN.name}/")}
-    return path, step_errors(unseen_study(study), load_profile(str(path.resolve()), gpu, ENGINE, folder), times)
+    return path, step_errors(unseen_study(study), load_profile(str(path.resolve()), gpu, ENGINE, folder), times, device)
 
 
 def serve_ratios(study: Study, folder: Path, profile: Path, device: torch.device) -> dict[str, dict[str, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, log
 from pathlib import Path
 from statistics import mean, median
@@ -11,9 +11,10 @@ from statistics import mean, median
 import torch
 
 from kvsim.calibrate.build import build, write_profile
+from kvsim.calibrate.decode_report import FILE, Report, make_reports, predictor, write_csv
 from kvsim.calibrate.decoder.predict import Predictor
 from kvsim.calibrate.decoder.studies import cpu_study, gpu_study
-from kvsim.calibrate.decoder.study import Case, Study, make_plan, measure, measured_rows, open_rows, step_times
+from kvsim.calibrate.decoder.study import Case, Study, ended_cases, measure, measured_rows, open_rows, step_times
 from kvsim.calibrate.rows import Import
 from kvsim.errors import InputError
 from kvsim.hardware import Gpu, load_gpu
@@ -47,6 +48,7 @@ class Calibrated:
     profile: ProfileFile
     path: Path
     errors: list[StepError]
+    reports: list[Report]
 
 
 def pick_device(name: str) -> torch.device:
@@ -66,9 +68,12 @@ def device_gpu(folder: Path) -> Gpu:
     return load_gpu(path)
 
 
-def run_study(device: torch.device, folder: Path, budget_s: float, tell: Callable[[int, int], None]) -> Study:
-    """Measures what is still to be measured within the time."""
-    study = cpu_study() if device.type == "cpu" else gpu_study()
+def run_study(
+    device: torch.device, folder: Path, budget_s: float, tell: Callable[[int, int], None], attention: str | None = None
+) -> Study:
+    """Measures what is still to be measured within the time. attention: the backend; None: the device's default."""
+    study = cpu_study() if device.type == "cpu" else gpu_study(torch.cuda.get_device_properties(device).total_memory)
+    study = replace(study, attention=attention)
     file = open_rows(folder, study, device)
     try:
         measure(study, device, file, budget_s, tell)
@@ -88,10 +93,12 @@ def conclude(study: Study, device: torch.device, folder: Path, command: str) -> 
     path = folder / PROFILE
     write_profile(profile, path)
     answers = load_profile(str(path.resolve()), gpu, ENGINE, folder)
-    return Calibrated(gpu, profile, path, step_errors(study, answers, dict(step_times(file))))
+    reports = make_reports(study, answers, ended_cases(study, file), device)
+    write_csv(reports, folder / FILE)
+    return Calibrated(gpu, profile, path, step_errors(study, answers, dict(step_times(file)), device), reports)
 
 
-def step_errors(study: Study, profile: Profile, times: dict[str, float]) -> list[StepError]:
+def step_errors(study: Study, profile: Profile, times: dict[str, float], device: torch.device) -> list[StepError]:
     """Cases of the study that were measured, beside the cost model's answer."""
     predictors: dict[tuple[str, str], Predictor] = {}
     errors = []
@@ -100,9 +107,7 @@ def step_errors(study: Study, profile: Profile, times: dict[str, float]) -> list
             continue
         at = case.model, case.policy
         if at not in predictors:
-            model = study.models[case.model]
-            plan = make_plan(model, study.policies[case.policy], study.weight_dtype, study.block_size_tokens, case.policy)
-            predictors[at] = Predictor(model, plan, profile, study.weight_dtype)
+            predictors[at] = predictor(study, case, profile, device)
         if not case.batch:
             predicted = predictors[at].end_s(case.tokens)
         elif case.prior_tokens is None:
@@ -118,9 +123,8 @@ def error_lines(errors: list[StepError]) -> list[tuple[str, ...]]:
     """Cells under HEADS: each policy, decode steps and prompt chunks apart, and all together."""
     groups: dict[tuple[str, str], list[float]] = {}
     for error in errors:
-        kind = "prompt's end" if not error.case.batch else "decode step" if error.case.prior_tokens is None else "prompt chunk"
         for policy in (error.case.policy, "all"):
-            groups.setdefault((policy, kind), []).append(error.log_ratio)
+            groups.setdefault((policy, error.case.kind), []).append(error.log_ratio)
     lines = []
     for (policy, kind), ratios in sorted(groups.items(), key=lambda item: (item[0][0] == "all", item[0])):
         off = sorted(abs(exp(ratio) - 1) for ratio in ratios)

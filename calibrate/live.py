@@ -15,7 +15,8 @@ import torch
 
 from kvsim.batch import DecodeBatch, Sequence
 from kvsim.calibrate.decoder.clock import now_ns
-from kvsim.calibrate.decoder.decoder import CachedSequence, Decoder
+from kvsim.calibrate.decoder.decoder import Decoder
+from kvsim.calibrate.decoder.sequence import CachedSequence
 from kvsim.cost_types import Chunk, Run
 from kvsim.engines.scheduler import Scheduler, Step
 from kvsim.policies.compose import CachePlan

@@ -13,6 +13,7 @@ import torch
 
 from kvsim.api import Deployment, RequestCheck, build_ledger, build_plan, deploy, run_policy
 from kvsim.calibrate.decoder.decoder import Decoder
+from kvsim.calibrate.decoder.launching import default_attention
 from kvsim.calibrate.decoder.spec import spec_from_hf, spec_of
 from kvsim.calibrate.decoder.study import TORCH_DTYPES
 from kvsim.calibrate.decoder.transformer import Transformer
@@ -43,6 +44,8 @@ class Served:
     peak_cache_bytes: int
     """The most that real caches held, keys, values and scales; `pool_bytes` is what the simulated pool gave out at its peak."""
     pool_bytes: int
+    launch: str
+    """How steps that only decode were launched."""
 
     def lines(self) -> list[tuple[str, ...]]:
         """Cells under HEADS."""
@@ -82,6 +85,7 @@ def serve(scenario: Scenario, device: torch.device, weights: Path | None = None,
     if scenario.weight_dtype not in TORCH_DTYPES:
         names = ", ".join(TORCH_DTYPES)
         raise InputError("weight_dtype", scenario.weight_dtype, f"must be one of {names}", "the decoder does not quantise weights")
+    scenario = on_device(scenario, device)
     deployment = deploy(scenario)
     dtype = TORCH_DTYPES[scenario.weight_dtype]
     if weights is None:
@@ -93,11 +97,28 @@ def serve(scenario: Scenario, device: torch.device, weights: Path | None = None,
     return [_serve(scenario, deployment, transformer, name, seed) for name in scenario.policies]
 
 
+def on_device(scenario: Scenario, device: torch.device) -> Scenario:
+    """The scenario with its engine as it runs there, so that the simulation prices what is launched.
+
+    engine.attention, where it is left out, is the device's default, and a CPU has no graphs.
+    """
+    engine = scenario.engine
+    changed: dict[str, object] = {} if "attention" in engine.model_fields_set else {"attention": default_attention(device)}
+    if device.type != "cuda":
+        changed["enforce_eager"] = True
+    return scenario.model_copy(update={"engine": engine.model_copy(update=changed)})
+
+
 def _serve(scenario: Scenario, deployment: Deployment, transformer: Transformer, name: str, seed: int) -> Served:
     plan = build_plan(deployment, scenario.policies[name], f"policies.{name}")
     ledger = build_ledger(deployment, plan)
     simulated = run_policy(scenario, deployment, name, plan)
-    decoder = Decoder(transformer, plan, ledger.pool_units * plan.unit_bytes, seed=seed)
+    engine = deployment.engine
+    assert isinstance(engine, TorchDecoder)
+    decoder = Decoder(
+        transformer, plan, ledger.pool_units * plan.unit_bytes, seed=seed, attention=engine.attention,
+        capture_sizes=() if engine.enforce_eager else None,
+    )  # fmt: skip
     source = build_source(scenario.workload, scenario.base_dir)
     if source.hash_block_tokens:
         raise InputError("workload.trace", None, "must have no prefix hashes here", "the decoder shares no prefixes")
@@ -108,7 +129,7 @@ def _serve(scenario: Scenario, deployment: Deployment, transformer: Transformer,
     env.run()
     measured = summarize(live.log, warmup_requests=scenario.workload.warmup_requests, slo=scenario.slo)
     pool_bytes = simulated.summary.peak_held_units * plan.unit_bytes
-    return Served(name, measured, simulated.summary, (live.log, simulated.log), live.peak_bytes, pool_bytes)
+    return Served(name, measured, simulated.summary, (live.log, simulated.log), live.peak_bytes, pool_bytes, decoder.steps_note)
 
 
 def _by_request(log: RunLog) -> Mapping[str, np.ndarray]:

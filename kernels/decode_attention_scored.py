@@ -16,6 +16,7 @@ from a counter in both (`kvsim.kernels.noise`: slot, step, query head), so none 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,12 +142,14 @@ def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, scores: torch.Tensor, statistic: str,
     block_table: torch.Tensor | None = None, scale: float | None = None, num_seen: torch.Tensor | None = None,
     temperature: float = 1.0, seed: int = 0, step: int = 0, max_length: int | None = None, num_splits: int | None = None,
+    attended: Callable[[], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode attention; each head's statistic of this step is added to `scores` in place.
 
     q, k, v, lengths, block_table, scale, max_length, returns: as in `decode_attention.run`.
     scores: `[batch, kv_heads, slots]`, at least as many slots as the cache has; fp32, for counts int16 or int32. Slots past a length stay.
     statistic: one of STATISTICS. num_seen: t of α > 1/t, int32 `[batch]`; the length of each head by default.
+    attended: called when attention has been launched and the statistic has not: for timing them apart.
     temperature, seed, step: τ, and the key and counter of the noise ζ (Keyformer). Raises ValueError before any launch, TritonUnavailable.
     """  # fmt: skip
     view = view_kv(k, v, lengths, block_table)
@@ -171,6 +174,8 @@ def run(
     out, lse = decode_attention.attend(
         q, k, v, lengths, block_table, view, scale, length, num_splits, scratch, tile_max
     )  # fmt: skip
+    if attended is not None:
+        attended()
     chunks = ceil_div(view.max_tokens, CHUNK_TOKENS)
     sizes = {"GROUP": group, "GROUP_PADDED": next_power_of_2(group), "CHUNK": CHUNK_TOKENS}
     if not noisy:

@@ -42,7 +42,8 @@ class StepCosts(Prices):
     ) -> None:  # fmt: skip
         super().__init__(model, tp, weight_dtype, engine, plan, profile, pool_slots, hbm_share)
         self._open_account()
-        self.captured_tokens, self.mixes_attention = engine.captured_tokens, engine.mixes_attention
+        self.captured_tokens = self.engine.captured_tokens if engine.captures_chunks else 0
+        self.mixes_attention = engine.mixes_attention
         self.has_prefill_policy = any(plan.prefill_ops(1, 0))
         self._side: Prices | None = None
 

@@ -102,14 +102,21 @@ def op_label(op: Op) -> str:
     return f"{op.owner}:{op.kernel}" if isinstance(op, PolicyKernel) else op.kind
 
 
+def one_by_one(ops: Iterable[Op], kernels: frozenset[str], batch: int) -> list[Op]:
+    """Ops of a batch's step where these kernels are launched for each sequence by itself."""
+    return [
+        replace(op, num_launches=batch * op.num_launches) if isinstance(op, PolicyKernel) and op.kernel in kernels else op for op in ops
+    ]
+
+
 class Prices:
     """Prices of one policy on one engine, model and GPU, as a profile answers them.
 
     pool_slots: (token, layer, KV head) triples that the whole block pool holds, for policies that pass over all of it.
     hbm_share: share of HBM bandwidth that is left while a side stream runs.
 
-    Lookups: linear[num_tokens], head[num_sampled], prefill_policy[new, prior], compression[prompt, prefill] and
-    joint_compression[prompt, prefill] are Prices;
+    Lookups: linear[num_tokens] (of steps with chunks), head[num_sampled], prefill_policy[new, prior],
+    compression[prompt, prefill] and joint_compression[prompt, prefill] are Prices;
     prefill_attention[new, prior] is picoseconds; tables[batch] a BatchTable; single[layer_group] the attention of one sequence
     alone; actions[policy] what a policy's action costs by slots; host[batch, captured] picoseconds (before, beside, after).
     """
@@ -118,6 +125,7 @@ class Prices:
         self, model: Model, tp: int, weight_dtype: str, engine: Engine, plan: CachePlan, profile: Profile,
         pool_slots: int, hbm_share: float = 1.0,
     ) -> None:  # fmt: skip
+        engine = engine.for_plan(plan)
         self.model, self.tp, self.weight_dtype, self.engine, self.plan = model, tp, weight_dtype, engine, plan
         self.profile, self.pool_slots, self.hbm_share = profile, pool_slots, hbm_share
         self.basis: dict[Part, Answer] = {}
@@ -159,10 +167,11 @@ class Prices:
 
     # -- paid as a whole ------------------------------------------------------------------------------------------
 
-    def _linear(self, num_tokens: int) -> Price:
+    def _linear(self, num_tokens: int, chunks: bool = True) -> Price:
         """Everything but attention, head and policies for so many tokens, padded where a graph is replayed."""
-        eager = not self.engine.captured(num_tokens)
-        return Price(self._answer(linear_ops(self.model, self.tp, self.weight_dtype, self.engine.padded(num_tokens), eager)))
+        captured = self.engine.captured(num_tokens) and (self.engine.captures_chunks or not chunks)
+        computed = self.engine.padded(num_tokens) if captured else num_tokens
+        return Price(self._answer(linear_ops(self.model, self.tp, self.weight_dtype, computed, not captured)))
 
     def _head(self, num_sampled: int) -> Price:
         """From the last hidden states of so many sequences to their tokens; outside captured graphs, as in vLLM."""
@@ -244,7 +253,8 @@ class Prices:
     def _table(self, batch: int) -> BatchTable:
         plan = self.plan
         fixed: dict[Part, int] = {}
-        for price in (self.linear[batch], self.head[batch], self.pool_price):
+        linear = self.linear[batch] if self.engine.captures_chunks else self._linear(batch, chunks=False)
+        for price in (linear, self.head[batch], self.pool_price):
             for part, value in price.parts.items():
                 fixed[part] = fixed.get(part, 0) + value
         alike = plan.alike_layer_groups  # those of one shape share a curve, and its account
@@ -285,10 +295,7 @@ class Prices:
 
     def _step_ops(self, batch: int, num_slots: int) -> list[Op]:
         """What policies launch in a decode step, for the whole batch at once or for one sequence after the other."""
-        ops = self.plan.step_ops(batch, num_slots)
-        if not self.engine.one_by_one:
-            return list(ops)
-        return [replace(op, num_launches=batch * op.num_launches) if isinstance(op, PolicyKernel) else op for op in ops]
+        return one_by_one(self.plan.step_ops(batch, num_slots), self.engine.one_by_one(self.plan), batch)
 
     def _action_curve(self, policy_index: int) -> Curve:
         knots = [0, *(1 << k for k in range(_MAX_SLOTS_LOG2))]

@@ -1,17 +1,21 @@
-"""Attention of one sequence over its cache, in plain torch: prompt chunks, decode steps, and the statistics policies live on."""
+"""Attention over caches in plain torch: prompt chunks, decode steps, and the statistics policies live on."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from kvsim.calibrate.decoder.cache import LayerCache
+from kvsim.calibrate.decoder.cache import LayerCache, joined, read
 from kvsim.calibrate.decoder.transformer import Rotary
 
 SCORE_ROWS = 256
 """Queries whose probabilities are held at once when column sums are recomputed: bounds memory, as tiles do on a GPU."""
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,11 @@ class Positions:
     slopes: torch.Tensor | None = None
     rotary: Rotary | None = None
     num_sink: int = 0
+
+    @property
+    def move(self) -> bool:
+        """Positions are worked out anew as a cache is read, so that each sequence is attended by itself."""
+        return self.num_sink > 0
 
 
 def keys(layer: LayerCache) -> torch.Tensor:
@@ -47,39 +56,68 @@ def numbers(layer: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
     return keys(layer), v
 
 
-def decode(layer: LayerCache, q: torch.Tensor, now: int, how: Positions) -> tuple[torch.Tensor, torch.Tensor]:
-    """One query `[q_heads, head_dim]` at position `now` over the cache, its own token included.
+def decode(
+    layers: Sequence[LayerCache], q: torch.Tensor, now: Sequence[int], how: Positions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One query of each of several sequences, `[sequences, q_heads, head_dim]` at positions `now`, over their caches of one layer.
 
-    Returns the output `[q_heads, head_dim]` and fp32 probabilities `[kv_heads, group, longest]`, 0 past a head's length.
+    The caches, their own tokens included, must be `alike`. Returns the output as q and fp32 probabilities
+    `[sequences, kv_heads, group, longest]`, 0 past a head's length.
     """
-    k, v = numbers(layer)
-    heads, longest, head_dim = k.shape[0], k.shape[1], q.shape[1]
-    rows = q.float().unflatten(0, (heads, -1))
+    k, v = numbers(layers[0]) if len(layers) == 1 else read([layer.full for layer in layers])
+    number, head_dim, first = len(layers), q.shape[2], layers[0]
+    pairs, longest = k.shape[:2]
+    heads = pairs // number
+    rows = q.float().reshape(pairs, -1, head_dim)
     logits = torch.bmm(rows, k.transpose(1, 2))
-    gap = now + 1 - longest  # tokens that have left between the sinks and the others
+    gap = now[0] + 1 - longest  # tokens that have left between the sinks and the others
     num_sink = how.num_sink if gap else 0
+    assert number == 1 or not how.move, "what has left between sinks and others is one sequence's own"
     if num_sink and how.rotary is not None:
         logits[..., :num_sink] = torch.matmul(rows, how.rotary.turn(-gap)) @ k[:, :num_sink].transpose(1, 2)
-    if layer.pruned is not None and any(layer.pruned.lengths):
-        assert layer.channels is not None
-        narrow_k, narrow_v = layer.pruned.read()
-        chosen = rows.gather(2, layer.channels[:, None].expand(-1, rows.shape[1], -1))
+    if first.pruned is not None and any(first.pruned.lengths):
+        channels = joined([_of(layer.channels) for layer in layers])
+        narrow_k, narrow_v = read([_of(layer.pruned) for layer in layers])
+        chosen = rows.gather(2, channels[:, None].expand(-1, rows.shape[1], -1))
         logits = torch.cat((torch.bmm(chosen, narrow_k.transpose(1, 2)), logits), 2)
         v = torch.cat((narrow_v, v), 1)
     logits = logits * head_dim**-0.5
     if how.slopes is not None:
-        number = logits.shape[2]
-        at = torch.arange(number, device=q.device).expand(heads, -1) if layer.positions is None else layer.positions[:, :number]
-        distance = at - now
+        distance = joined([_places(layer, heads, logits.shape[2]) - at for layer, at in zip(layers, now, strict=True)])
         distance[:, :num_sink] += gap
-        logits = logits + how.slopes.unflatten(0, (heads, -1))[..., None] * distance[:, None]
-    if not layer.full.even:
-        ends = torch.tensor(layer.full.lengths, device=q.device)[:, None, None]
+        logits = logits + how.slopes.reshape(heads, -1).repeat(number, 1)[..., None] * distance[:, None]
+    lengths = [length for layer in layers for length in layer.full.lengths]
+    if len(set(lengths)) > 1:
+        ends = torch.tensor(lengths, device=q.device)[:, None, None]
         unused = torch.arange(logits.shape[2], device=q.device) >= ends
         logits = logits.masked_fill(unused, -torch.inf)
         v = v.masked_fill(unused.transpose(1, 2), 0.0)
     probabilities = logits.softmax(2)
-    return torch.bmm(probabilities, v).flatten(0, 1).to(q.dtype), probabilities
+    return torch.bmm(probabilities, v).reshape(q.shape).to(q.dtype), probabilities.unflatten(0, (number, heads))
+
+
+def alike(layer: LayerCache, how: Positions) -> Hashable:
+    """Caches with equal keys can be attended together; None: alone, since parts are spliced in or turned as they are read.
+
+    Lengths may differ within a block, but where channels were pruned.
+    """
+    if how.move or layer.ring is not None:
+        return None
+    if layer.pruned is not None and layer.pruned.lengths[0]:
+        return layer.full.lengths[0], layer.pruned.lengths[0]
+    return max(map(len, layer.full.blocks))
+
+
+def _places(layer: LayerCache, heads: int, number: int) -> torch.Tensor:
+    """Positions of a layer's slots, `[heads, number]`; anything past its tokens."""
+    if layer.positions is None:
+        return torch.arange(number, device=layer.full.device).expand(heads, -1)
+    return F.pad(layer.positions, (0, max(0, number - layer.positions.shape[1])))[:, :number]
+
+
+def _of(part: Part | None) -> Part:
+    assert part is not None
+    return part
 
 
 def prefill(layer: LayerCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, how: Positions) -> torch.Tensor:
@@ -129,9 +167,9 @@ def column_scores(
     return scores
 
 
-def decode_scores(probabilities: torch.Tensor, statistic: str, num_seen: int) -> torch.Tensor:
-    """One step's part of "sum", "square" or "count", `[kv_heads, tokens]`."""
-    return _reduced(probabilities, statistic, num_seen).sum(1)
+def decode_scores(probabilities: torch.Tensor, statistic: str, num_seen: torch.Tensor | int) -> torch.Tensor:
+    """One step's part of "sum", "square" or "count", over the group: `[..., kv_heads, tokens]` of `[..., kv_heads, group, tokens]`."""
+    return _reduced(probabilities, statistic, num_seen).sum(-2)
 
 
 def noisy_scores(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
-from kvsim.calibrate.decoder.storage import Lane
+import torch
+import torch.nn.functional as F
+
+from kvsim.calibrate.decoder.storage import Budget, Lane
 
 
 class Rows:
@@ -62,12 +65,6 @@ class Rows:
             slots = torch.arange(start, start + number, device=self.device).expand(len(self.lengths), -1)
             self.put(slots, k, v)
 
-    def append_ragged(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """One token `[heads, width]` after each head's last."""
-        slots = torch.tensor(self.lengths, device=self.device)[:, None]
-        self.resize([length + 1 for length in self.lengths])
-        self.put(slots, k[:, None], v[:, None])
-
     def put(self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Writes k, v `[heads, n, width]` into slots `[heads, n]` that exist."""
         blocks, offsets = self.places(slots)
@@ -100,14 +97,37 @@ class Rows:
         self.resize([0] * len(self.lengths))
 
 
-class Ring:
-    """KIVI's newest tokens in full precision: `[heads, residual, head_dim]`, token t in slot t mod residual."""
+def read(several: Sequence[Rows]) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 K and V `[sequences · heads, longest, width]` of rows of one lane with equally many blocks in their longest heads."""
+    longest = max(length for rows in several for length in rows.lengths)
+    table, lane = joined([rows.table for rows in several]), several[0].lane
+    return lane.keys.read(table)[:, :longest], lane.values.read(table)[:, :longest]
 
-    def __init__(self, num_heads: int, residual_tokens: int, head_dim: int, dtype: torch.dtype, device: str | torch.device) -> None:
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+class Ring:
+    """KIVI's newest tokens in full precision: `[heads, residual, head_dim]`, token t in slot t mod residual.
+
+    charge_bytes: taken from the budget until it is released. Raises OutOfBlocks.
+    """
+
+    def __init__(
+        self, num_heads: int, residual_tokens: int, head_dim: int, dtype: torch.dtype, device: str | torch.device, budget: Budget,
+        charge_bytes: float,
+    ) -> None:  # fmt: skip
+        budget.take(charge_bytes, "a ring's bytes are")
+        self.budget, self.charge_bytes = budget, charge_bytes
         self.k = torch.empty(num_heads, residual_tokens, head_dim, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
         self.size = residual_tokens
         self.num_bytes = 2 * self.k.numel() * self.k.element_size()
+
+    def release(self) -> None:
+        self.budget.give(self.charge_bytes)
+        self.charge_bytes = 0.0
 
     def put(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Tokens first, first + 1, ... `[heads, n, head_dim]`; the newest `residual` of them stay."""
@@ -131,6 +151,7 @@ class LayerCache:
         self.positions: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
         self.overwrite: torch.Tensor | None = None  # slots `[heads]` that the next token takes
+        self.slots: torch.Tensor | None = None  # `[heads]`, where the token of the step under way lies
         self.window: torch.Tensor | None = None  # the prompt's last queries `[queries, q_heads, head_dim]`
         self.quantized = 0  # tokens below are codes, where there is a ring: of keys
         self.seen = 0  # tokens that were appended, evicted ones too
@@ -151,3 +172,32 @@ class LayerCache:
         self.full.clear()
         if self.pruned is not None:
             self.pruned.clear()
+        if self.ring is not None:
+            self.ring.release()
+
+    def append_codes(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v `[heads, n, head_dim]` after the tokens of a ring: keys become codes a whole ring at a time, values as they leave it."""
+        number, rows, ring, start = k.shape[1], self.full, self.ring, self.seen
+        assert ring is not None
+        self.seen += number
+        old_values, narrow = max(0, start - ring.size), self.quantized
+        keys = torch.cat((ring.get(ring.k, narrow, start), k.float()), 1)
+        values = torch.cat((ring.get(ring.v, old_values, start), v.float()), 1)
+        end = start + number
+        rows.resize([end] * len(rows.lengths))
+        self.quantized, new_values = end // ring.size * ring.size, max(0, end - ring.size)
+        for codec, fresh, first, last in (
+            (rows.lane.keys, keys, narrow, self.quantized), (rows.lane.values, values, old_values, new_values)
+        ):  # fmt: skip
+            if last > first:
+                slots = torch.arange(first, last, device=k.device).expand(len(rows.lengths), -1)
+                codec.write(*rows.places(slots), fresh[:, : last - first])
+        ring.put(start, k, v)
+
+
+def with_slots(rows: torch.Tensor | None, slots: torch.Tensor, longest: int, value: float) -> torch.Tensor:
+    """rows `[heads, ...]`, as long as the longest head, with `value` in these slots."""
+    assert rows is not None
+    rows = F.pad(rows, (0, longest - rows.shape[1])) if rows.shape[1] < longest else rows.clone() if rows._is_view() else rows
+    rows[torch.arange(len(slots), device=rows.device), slots] = value  # type: ignore[index]
+    return rows

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from kvsim.calibrate.decoder import attention
 from kvsim.calibrate.decoder.attention import Positions
-from kvsim.calibrate.decoder.cache import LayerCache, Ring, Rows
-from kvsim.calibrate.decoder.clock import Clock
+from kvsim.calibrate.decoder.cache import LayerCache, Ring, Rows, with_slots
+from kvsim.calibrate.decoder.clock import NoClock
+from kvsim.calibrate.decoder.decode_batch import DecodeBatch
+from kvsim.calibrate.decoder.graphs import RecordedSteps, recorder_for
 from kvsim.calibrate.decoder.lanes import check, make_lanes
+from kvsim.calibrate.decoder.launching import default_attention, engine_sizes, make_attention, never_recorded, steps_note
 from kvsim.calibrate.decoder.rules import Rule, rule_of
+from kvsim.calibrate.decoder.sequence import CachedSequence
+from kvsim.calibrate.decoder.storage import Budget, OutOfBlocks
 from kvsim.calibrate.decoder.transformer import Transformer, alibi_slopes
 from kvsim.policies.base import SequenceShape
 from kvsim.policies.compose import CachePlan
@@ -21,58 +24,28 @@ from kvsim.policies.compose import CachePlan
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class CachedSequence:
-    """One sequence: its tokens so far and its cache."""
-
-    def __init__(
-        self, shape: SequenceShape, layers: list[LayerCache], how: Positions, transformer: Transformer, max_steps: int
-    ) -> None:  # fmt: skip
-        self.shape, self.layers, self.how, self.transformer, self.max_steps = shape, layers, how, transformer, max_steps
-        self.head_dim = transformer.spec.model.head_dim
-        self.num_tokens = 0
-        """Tokens computed, evicted ones too: the position of the next."""
-        self.step = 0
-        """Decode steps begun."""
-
-    @property
-    def clock(self) -> Clock:
-        """The transformer's, which is exchanged where a step is timed."""
-        return self.transformer.clock
-
-    def lengths(self) -> list[list[int]]:
-        """Tokens of each head of each layer."""
-        return [layer.lengths for layer in self.layers]
-
-    def held_bytes(self) -> int:
-        return sum(layer.held_bytes() for layer in self.layers)
-
-
-@dataclass(frozen=True)
-class Work:
-    """A part of a step: `tokens` `[n]` of a sequence; chunk: of its prompt, the last of it where it ends the prefill."""
-
-    sequence: CachedSequence
-    tokens: torch.Tensor
-    chunk: bool
-
-
 class Decoder:
     """A model with a paged cache under a composition of policies.
 
-    dtype: of the cache's uncompressed elements; None: the plan's. Raises InputError for compositions that it cannot hold,
-    OutOfBlocks from `step`.
+    pool_bytes: shared by blocks, rings and the policies' declared state, as the simulator counts them; lanes of two widths are
+    allocated for that many each. dtype: of the cache's uncompressed elements; None: the plan's. attention: the backend that decode
+    steps attend with, of `launching.ATTENTION`; None: the device's default. capture_sizes: batch sizes of steps that are recorded
+    and replayed; None: those that the engine declares, on a GPU. Raises InputError for compositions that it cannot hold and for
+    what the backend cannot do, OutOfBlocks from `open` and `step`.
     """
 
     def __init__(
-        self, transformer: Transformer, plan: CachePlan, pool_bytes: int, dtype: torch.dtype | None = None, seed: int = 0
-    ) -> None:
+        self, transformer: Transformer, plan: CachePlan, pool_bytes: int, dtype: torch.dtype | None = None, seed: int = 0,
+        attention: str | None = None, capture_sizes: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         check(plan)
-        self.transformer, self.plan, self.pool_bytes = transformer, plan, pool_bytes
+        self.transformer, self.plan = transformer, plan
         self.dtype = dtype = DTYPES[plan.kv_dtype] if dtype is None else dtype
         self.device = transformer.weights.embedding.device
         composition, shape = plan.composition, plan.shape
         self.rules: list[Rule] = [rule_of(policy) for policy in (composition.tokens, composition.channels)]
-        self.full, self.pruned = make_lanes(plan, pool_bytes, dtype, self.device)
+        self.budget = Budget(pool_bytes)
+        self.full, self.pruned = make_lanes(plan, self.budget, dtype, self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         slopes = None
         if transformer.spec.model.position == "alibi":
@@ -84,22 +57,54 @@ class Decoder:
         self.residual_tokens = plan.window_tokens
         statistics = [rule for rule in self.rules if rule.prompt_statistic or rule.decode_statistic]
         self.scoring: Rule | None = statistics[0] if statistics else None
+        self._quantises = composition.bits.dimension == "bits"
+        statistic = self.scoring.decode_statistic if self.scoring is not None else None
+        score_dtype = None if statistic is None else torch.int16 if statistic == "count" else torch.float32
+        self.batch = DecodeBatch(shape, self.full, self.pruned, score_dtype, self.device)
+        name = default_attention(self.device) if attention is None else attention
+        self.attention = make_attention(name, self.batch, plan, dtype, self.how, self.scoring, self.generator, seed)
+        self.recorded: RecordedSteps | None = None
+        sizes = engine_sizes(name, plan, self.device) if capture_sizes is None else tuple(capture_sizes)
+        if sizes and not never_recorded(plan):
+            self.recorded = RecordedSteps(self.batch, self._compute_rows, sizes, recorder_for(self.device))
+
+    @property
+    def steps_note(self) -> str:
+        """How steps that only decode are launched, in words."""
+        return steps_note(self.attention.name, self.plan, self.device, self.recorded is not None)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Of all blocks, in use or not."""
+        return self.full.num_bytes + (0 if self.pruned is None else self.pruned.num_bytes)
 
     # -- sequences ------------------------------------------------------------------------------------------------
 
     def open(self, prompt_tokens: int, prefill_tokens: int | None = None, max_steps: int = 1) -> CachedSequence:
-        """A sequence with an empty cache. prefill_tokens: more than the prompt where a preempted one is computed again."""
-        shape = self.plan.shape
-        layers = [
-            LayerCache(
-                Rows(self.full, shape.kv_heads, shape.block_size_tokens, self.device),
-                None if self.pruned is None else Rows(self.pruned, shape.kv_heads, shape.block_size_tokens, self.device),
-                Ring(shape.kv_heads, self.residual_tokens, shape.head_dim, self.dtype, self.device) if self.residual_tokens else None,
-            )
-            for _ in range(shape.num_layers)
-        ]  # fmt: skip
+        """A sequence with an empty cache. prefill_tokens: more than the prompt where a preempted one is computed again.
+
+        Raises OutOfBlocks where the pool has no room for its rings.
+        """
+        layers: list[LayerCache] = []
+        try:
+            while len(layers) < self.plan.shape.num_layers:
+                layers.append(self._layer())
+        except OutOfBlocks:
+            for layer in layers:
+                layer.clear()
+            raise
         sizes = SequenceShape(prompt_tokens, prompt_tokens if prefill_tokens is None else prefill_tokens)
         return CachedSequence(sizes, layers, self.how, self.transformer, max_steps)
+
+    def _layer(self) -> LayerCache:
+        shape, device = self.plan.shape, self.device
+        lanes = [None if lane is None else Rows(lane, shape.kv_heads, shape.block_size_tokens, device) for lane in (self.full, self.pruned)]
+        ring = None
+        if self.residual_tokens:
+            charge = shape.kv_heads * self.residual_tokens * shape.slot_bytes
+            ring = Ring(shape.kv_heads, self.residual_tokens, shape.head_dim, self.dtype, device, self.budget, charge)
+        assert lanes[0] is not None
+        return LayerCache(lanes[0], lanes[1], ring)
 
     def close(self, sequence: CachedSequence) -> None:
         """Its blocks are free again."""
@@ -115,8 +120,6 @@ class Decoder:
         Returns logits of the sequences that get a token: decodes first, then the chunks that end their prefill, after which
         their caches are compressed.
         """
-        work = [Work(sequence, torch.tensor([token], device=self.device), False) for sequence, token in decodes]
-        work += [Work(sequence, tokens, True) for sequence, tokens in chunks]
         mark = self.transformer.clock.mark
         mark("step")
         for sequence, _ in decodes:
@@ -124,27 +127,32 @@ class Decoder:
             for rule in self.rules:
                 rule.before_step(sequence)
         mark("select")
-        positions = torch.cat([
-            torch.arange(item.sequence.num_tokens, item.sequence.num_tokens + len(item.tokens), device=self.device) for item in work
-        ])  # fmt: skip
+        if decodes and not chunks and self._replays(len(decodes)):
+            return self._replay(decodes)
+        self._stage(decodes)
+        number = len(decodes)
+        tokens, positions = [self.batch.tokens[:number]], [self.batch.positions[:number]]
+        for sequence, part in chunks:
+            tokens.append(part)
+            positions.append(torch.arange(sequence.num_tokens, sequence.num_tokens + len(part), device=self.device))
 
         def attend(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            outputs, first = [], 0
-            for item in work:
-                rows = slice(first, first + len(item.tokens))
+            outputs, first = [], number
+            if number:
+                outputs.append(self._decode(index, q[:number], k[:number], v[:number]))
+            for sequence, part in chunks:
+                rows = slice(first, first + len(part))
                 first = rows.stop
-                attend_one = self._prefill if item.chunk else self._decode
-                outputs.append(attend_one(item.sequence, index, q[rows], k[rows], v[rows]))
+                outputs.append(self._prefill(sequence, index, q[rows], k[rows], v[rows]))
             return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-        hidden = self.transformer.hidden(torch.cat([item.tokens for item in work]), positions, attend)
-        ended, last, end = [], [], 0
-        for item in work:
-            end += len(item.tokens)
-            item.sequence.num_tokens += len(item.tokens)
-            if item.chunk and item.sequence.num_tokens == item.sequence.shape.prefill_tokens:
-                ended.append(item.sequence)
-            if not item.chunk or (ended and ended[-1] is item.sequence):
+        hidden = self.transformer.hidden(torch.cat(tokens), torch.cat(positions), attend)
+        last, ended, end = self._finish_decodes(decodes), [], number
+        for sequence, part in chunks:
+            end += len(part)
+            sequence.num_tokens += len(part)
+            if sequence.num_tokens == sequence.shape.prefill_tokens:
+                ended.append(sequence)
                 last.append(end - 1)
         mark("step")
         logits = self.transformer.logits(hidden[last])
@@ -152,6 +160,39 @@ class Decoder:
             if sequence.max_steps > 0:
                 self.compress(sequence)
         return logits
+
+    def _replays(self, number: int) -> bool:
+        """Steps that are timed mark by mark are launched one by one: marks wait for the device."""
+        return self.recorded is not None and self.recorded.size_for(number) > 0 and isinstance(self.transformer.clock, NoClock)
+
+    def _replay(self, decodes: Sequence[tuple[CachedSequence, int]]) -> torch.Tensor:
+        assert self.recorded is not None
+        rows = self.recorded.prepare([sequence for sequence, _ in decodes])
+        self._stage(decodes, rows)
+        logits = self.recorded.replay(rows)
+        return logits[self._finish_decodes(decodes)]
+
+    def _compute_rows(self, rows: int) -> torch.Tensor:
+        """Logits of the batch's first rows, from what is staged."""
+        tokens, positions = self.batch.tokens[:rows], self.batch.positions[:rows]
+        return self.transformer.logits(self.transformer.hidden(tokens, positions, self._decode))
+
+    def _stage(self, decodes: Sequence[tuple[CachedSequence, int]], rows: int | None = None) -> None:
+        """Blocks for the step's tokens, and the bookkeeping of their slots."""
+        if not decodes:
+            return
+        self.batch.stage(decodes, rows)
+        for sequence in self.batch.members if self.keeps_positions else ():
+            for layer in sequence.layers:
+                assert layer.slots is not None
+                layer.positions = with_slots(layer.positions, layer.slots, max(layer.full.lengths), sequence.num_tokens)
+
+    def _finish_decodes(self, decodes: Sequence[tuple[CachedSequence, int]]) -> list[int]:
+        """The row of each, now that their tokens are computed."""
+        row_of = {id(sequence): row for row, sequence in enumerate(self.batch.members)}
+        for sequence, _ in decodes:
+            sequence.num_tokens += 1
+        return [row_of[id(sequence)] for sequence, _ in decodes]
 
     def compress(self, sequence: CachedSequence) -> None:
         for rule in self.rules:
@@ -181,75 +222,30 @@ class Decoder:
             self.transformer.clock.mark("prefill_scores")
         return out
 
-    def _decode(self, sequence: CachedSequence, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        layer, now = sequence.layers[index], sequence.num_tokens
-        slots = layer.overwrite
-        if slots is not None:
-            layer.full.put(slots[:, None], k.transpose(0, 1), v.transpose(0, 1))
-            layer.overwrite = None
-            layer.seen += 1
+    def _decode(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The batch's rows in one layer: their keys and values are written, then attended to."""
+        clock = self.transformer.clock
+        if self._quantises:
+            clock.mark("attention")
+        if self.residual_tokens:
+            for row, sequence in enumerate(self.batch.members):
+                sequence.layers[index].append_codes(k[row, :, None], v[row, :, None])
         else:
-            slots = torch.tensor(layer.full.lengths, device=self.device) if self.keeps_positions else None
-            self.append(layer, k.transpose(0, 1), v.transpose(0, 1))
-        if slots is not None and self.keeps_positions:
-            longest = max(layer.full.lengths)
-            layer.positions = _set(layer.positions, slots, longest, now)
-            if layer.scores is not None:
-                layer.scores = _set(layer.scores, slots, longest, 0)
-        out, probabilities = attention.decode(layer, q[0], now, self.how)
-        rule = self.scoring
-        if rule is not None and rule.decode_statistic and layer.scores is not None:
-            self.transformer.clock.mark("attention")
-            if rule.decode_statistic == "gumbel":
-                added = attention.noisy_scores(layer, q[0], now, self.how, rule.temperature(sequence), self.generator)
-            else:
-                added = attention.decode_scores(probabilities, rule.decode_statistic, now + 1)
-            layer.scores += added.to(layer.scores.dtype)
-            self.transformer.clock.mark("decode_attention_scored")
-        return out[None]
+            self.batch.write(index, k, v)
+        if self._quantises:
+            clock.mark("kv_quantize")
+        return self.attention.attend(index, q, clock)
 
     def append(self, layer: LayerCache, k: torch.Tensor, v: torch.Tensor) -> None:
-        """k, v `[heads, n, head_dim]` after the tokens that are there."""
-        rows, start = layer.full, layer.seen
-        layer.seen += k.shape[1]
-        if self.plan.composition.bits.dimension == "bits":
-            self.transformer.clock.mark("attention")
-            self._append_codes(layer, k, v, start)
-            self.transformer.clock.mark("kv_quantize")
+        """A prompt's k, v `[heads, n, head_dim]` after the tokens that are there."""
+        if not self._quantises:
+            layer.seen += k.shape[1]
+            layer.full.append(k, v)
             return
-        self._append_rows(rows, k, v)
-
-    @staticmethod
-    def _append_rows(rows: Rows, k: torch.Tensor, v: torch.Tensor) -> None:
-        if k.shape[1] == 1 and not rows.even:
-            rows.append_ragged(k[:, 0], v[:, 0])
+        self.transformer.clock.mark("attention")
+        if layer.ring is None:
+            layer.seen += k.shape[1]
+            layer.full.append(k, v)
         else:
-            rows.append(k, v)
-
-    def _append_codes(self, layer: LayerCache, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
-        """Where there is a ring, keys become codes a whole ring at a time, and values as they leave it."""
-        number, rows, ring = k.shape[1], layer.full, layer.ring
-        if ring is None:
-            self._append_rows(rows, k, v)
-            return
-        old_values, narrow = max(0, start - ring.size), layer.quantized
-        keys = torch.cat((ring.get(ring.k, narrow, start), k.float()), 1)
-        values = torch.cat((ring.get(ring.v, old_values, start), v.float()), 1)
-        end = start + number
-        rows.resize([end] * len(rows.lengths))
-        layer.quantized, new_values = end // ring.size * ring.size, max(0, end - ring.size)
-        for codec, fresh, first, last in (
-            (rows.lane.keys, keys, narrow, layer.quantized), (rows.lane.values, values, old_values, new_values)
-        ):  # fmt: skip
-            if last > first:
-                slots = torch.arange(first, last, device=self.device).expand(len(rows.lengths), -1)
-                codec.write(*rows.places(slots), fresh[:, : last - first])
-        ring.put(start, k, v)
-
-
-def _set(rows: torch.Tensor | None, slots: torch.Tensor, longest: int, value: float) -> torch.Tensor:
-    """rows `[heads, ...]`, as long as the longest head, with `value` in these slots."""
-    assert rows is not None
-    rows = F.pad(rows, (0, longest - rows.shape[1])) if rows.shape[1] < longest else rows.clone() if rows._is_view() else rows
-    rows[torch.arange(len(slots), device=rows.device), slots] = value  # type: ignore[index]
-    return rows
+            layer.append_codes(k, v)
+        self.transformer.clock.mark("kv_quantize")

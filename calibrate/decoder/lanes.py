@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvsim.calibrate.decoder.storage import ByChannel, ByToken, Codec, Float8, Lane, Plain
+from kvsim.calibrate.decoder.storage import Budget, ByChannel, ByToken, Codec, Float8, Lane, Plain
 from kvsim.errors import InputError
 from kvsim.kernels.packing import QuantFormat, kivi_formats
 from kvsim.policies.compose import CachePlan
@@ -29,19 +29,20 @@ def check(plan: CachePlan) -> None:
         raise InputError("policies", composition.describe(), "prunes channels of heads that differ, which the decoder does not do")
 
 
-def make_lanes(plan: CachePlan, pool_bytes: int, dtype: torch.dtype, device: str | torch.device) -> tuple[Lane, Lane | None]:
-    """(full keys, pruned keys or None). Each could take the whole pool alone: the caller counts bytes over both."""
+def make_lanes(plan: CachePlan, budget: Budget, dtype: torch.dtype, device: str | torch.device) -> tuple[Lane, Lane | None]:
+    """(full keys, pruned keys or None). Each could take the whole budget alone, and is allocated for it."""
     shape = plan.shape
     widths = [shape.head_dim, *([plan.composition.channels.stored_key_channels(shape.head_dim)] if plan.prunes else [])]
-    lanes = [_lane(plan, width, pool_bytes, dtype, device) for width in widths]
+    lanes = [_lane(plan, width, budget, dtype, device) for width in widths]
     return lanes[0], lanes[1] if plan.prunes else None
 
 
-def _lane(plan: CachePlan, key_width: int, pool_bytes: int, dtype: torch.dtype, device: str | torch.device) -> Lane:
-    shape, bits = plan.shape, plan.composition.bits
-    slot = bits.key_bytes(key_width, shape.element_bytes) + bits.value_bytes(shape.head_dim, shape.element_bytes)
-    number = max(1, int(pool_bytes // (slot * shape.block_size_tokens)))
+def _lane(plan: CachePlan, key_width: int, budget: Budget, dtype: torch.dtype, device: str | torch.device) -> Lane:
+    shape, bits, policies = plan.shape, plan.composition.bits, plan.composition.policies
     size = shape.block_size_tokens
+    slot = bits.key_bytes(key_width, shape.element_bytes) + bits.value_bytes(shape.head_dim, shape.element_bytes)
+    state = sum(size * policy.state_bytes_per_slot(shape) + policy.state_bytes_per_block(shape) for policy in policies)
+    number = max(1, int(budget.num_bytes // (slot * size))) + 1
 
     def codec(width: int, key: bool) -> Codec:
         kind = getattr(bits, "kind", None)
@@ -55,4 +56,4 @@ def _lane(plan: CachePlan, key_width: int, pool_bytes: int, dtype: torch.dtype, 
             return ByChannel(number, size, width, QuantFormat(bits.dtype, "channel", group), device)  # type: ignore[attr-defined]
         return Plain(number, size, width, dtype, device)
 
-    return Lane(codec(key_width, True), codec(shape.head_dim, False), number)
+    return Lane(codec(key_width, True), codec(shape.head_dim, False), number, budget, slot * size + state)

@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
 import torch
 
+from kvsim.calibrate.decoder.cache import LayerCache
 from kvsim.calibrate.decoder.clock import NS, NoClock, OpClock, now_ns
-from kvsim.calibrate.decoder.decoder import CachedSequence, Decoder
-from kvsim.forward import head_ops, linear_ops
-from kvsim.ops import Elementwise, Gemm, HostWork, Op, PolicyKernel, PrefillAttention
-from kvsim.policies.compose import CachePlan
+from kvsim.calibrate.decoder.decoder import Decoder
+from kvsim.calibrate.decoder.sample_rows import Rows, decode_rows, medians, policy_rows, prefill_rows
+from kvsim.calibrate.decoder.sequence import CachedSequence
+from kvsim.calibrate.decoder.storage import OutOfBlocks
+from kvsim.engines.torch_decoder import TorchDecoder
 
-KERNEL_LABELS = {"select", "compact", "decode_attention_scored", "kv_quantize"}
-"""Marks of what policies do in a decode step."""
-Rows = list[tuple[Op, float]]
-"""An Op, and seconds of one launch of it (policies' kernels: of all their launches)."""
+CHUNK_TOKENS: int = TorchDecoder.model_fields["max_num_batched_tokens"].default
+"""Of prompts in one step, as the engine has it."""
 
 
 @dataclass(frozen=True)
 class DecodeSample:
-    """Decode steps of equal sequences. step_s: the median of plain steps. rows: from steps timed mark by mark."""
+    """Equal sequences, prefilled and decoding. step_s: the median of plain steps. rows: from steps timed mark by mark.
+
+    prefill_s: all prompts, in steps of at most CHUNK_TOKENS, and their compression. spread_frac: (p80 - p20) / median of the plain
+    steps. cache_bytes: of the pool when the last step was done; cache_peak_bytes: the most, prompts before compression included.
+    """
 
     batch: int
     context_tokens: int
     step_s: float
     rows: Rows
+    prefill_s: float
+    spread_frac: float
+    cache_bytes: int
+    cache_peak_bytes: int
 
 
 def fill(decoder: Decoder, prompt_tokens: int, max_steps: int) -> CachedSequence:
-    """A sequence as after the prefill of a prompt, compressed, its keys and values random: nothing is computed for them."""
+    """A sequence as after the prefill of a prompt, compressed, its keys and values random: nothing is computed for them.
+
+    Raises OutOfBlocks; the pool is then as it was.
+    """
     sequence = prompt(decoder, prompt_tokens, max_steps)
-    with torch.inference_mode():
-        decoder.compress(sequence)
+    try:
+        with torch.inference_mode():
+            decoder.compress(sequence)
+    except OutOfBlocks:
+        decoder.close(sequence)
+        raise
     return sequence
 
 
@@ -45,17 +61,24 @@ def prompt(decoder: Decoder, prompt_tokens: int, max_steps: int) -> CachedSequen
     def randn(*sizes: int) -> torch.Tensor:
         return torch.randn(sizes, generator=generator, device=device)
 
+    @torch.inference_mode()
+    def write(layer: LayerCache) -> None:
+        k, v = (randn(shape.kv_heads, prompt_tokens, shape.head_dim) for _ in range(2))
+        decoder.append(layer, k, v)
+        if decoder.keeps_positions:
+            layer.positions = torch.arange(prompt_tokens, device=device).expand(shape.kv_heads, -1)
+        if decoder.window_queries:
+            layer.window = randn(min(prompt_tokens, decoder.window_queries), shape.q_heads, shape.head_dim)
+        if decoder.scoring is not None and decoder.scoring.prompt_statistic:
+            layer.scores = torch.rand(shape.kv_heads, prompt_tokens, generator=generator, device=device)
+
     sequence = decoder.open(prompt_tokens, max_steps=max_steps)
-    with torch.inference_mode():
+    try:
         for layer in sequence.layers:
-            k, v = (randn(shape.kv_heads, prompt_tokens, shape.head_dim) for _ in range(2))
-            decoder.append(layer, k, v)
-            if decoder.keeps_positions:
-                layer.positions = torch.arange(prompt_tokens, device=device).expand(shape.kv_heads, -1)
-            if decoder.window_queries:
-                layer.window = randn(min(prompt_tokens, decoder.window_queries), shape.q_heads, shape.head_dim)
-            if decoder.scoring is not None and decoder.scoring.prompt_statistic:
-                layer.scores = torch.rand(shape.kv_heads, prompt_tokens, generator=generator, device=device)
+            write(layer)
+    except OutOfBlocks:
+        decoder.close(sequence)
+        raise
     sequence.num_tokens = prompt_tokens
     return sequence
 
@@ -76,20 +99,51 @@ def sample_end(decoder: Decoder, prompt_tokens: int, repeats: int = 3) -> tuple[
                 decoder.compress(sequence)
             if number:
                 seconds.append((now_ns(decoder.device) - begin) * NS)
-                rows += _policy_rows(ops, clock)
+                rows += policy_rows(ops, clock)
         finally:
             decoder.transformer.clock = NoClock()
             decoder.close(sequence)
-    return median(seconds), _medians(rows)
+    return median(seconds), medians(rows)
+
+
+def packed(batch: int, prompt_tokens: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Steps of at most CHUNK_TOKENS that compute so many prompts one after the other: (sequence, new tokens, prior tokens)."""
+    step: list[tuple[int, int, int]] = []
+    left = CHUNK_TOKENS
+    for index in range(batch):
+        prior = 0
+        while prior < prompt_tokens:
+            new = min(left, prompt_tokens - prior)
+            step.append((index, new, prior))
+            prior, left = prior + new, left - new
+            if not left:
+                yield step
+                step, left = [], CHUNK_TOKENS
+    if step:
+        yield step
+
+
+def prefill_all(decoder: Decoder, sequences: Sequence[CachedSequence], prompt_tokens: int) -> float:
+    """Seconds of the prefill of these empty caches' prompts, of random tokens."""
+    vocab = decoder.transformer.spec.model.vocab_size
+    ids = torch.randint(0, vocab, (prompt_tokens,), generator=decoder.generator, device=decoder.device)
+    begin = now_ns(decoder.device)
+    for step in packed(len(sequences), prompt_tokens):
+        decoder.step([(sequences[index], ids[prior : prior + new]) for index, new, prior in step], [])
+    return (now_ns(decoder.device) - begin) * NS
 
 
 def sample_decode(decoder: Decoder, batch: int, context_tokens: int, steps: int = 5, weight_dtype: str = "fp32") -> DecodeSample:
-    """`steps` plain steps and as many timed ones, in turn, after one that warms up. Raises OutOfBlocks."""
-    sequences = [fill(decoder, context_tokens, 2 * steps + 2) for _ in range(batch)]
-    work = [(sequence, 1) for sequence in sequences]
+    """The prompts' prefill, then `steps` plain steps and as many timed ones, in turn, after one that warms up. Raises OutOfBlocks."""
+    sequences: list[CachedSequence] = []
     plain: list[float] = []
     rows: Rows = []
+    decoder.budget.peak_bytes = 0.0
     try:
+        for _ in range(batch):
+            sequences.append(decoder.open(context_tokens, max_steps=2 * steps + 2))
+        prefill_s = prefill_all(decoder, sequences, context_tokens)
+        work = [(sequence, 1) for sequence in sequences]
         decoder.step([], work)
         for _ in range(steps):
             begin = now_ns(decoder.device)
@@ -102,11 +156,16 @@ def sample_decode(decoder: Decoder, batch: int, context_tokens: int, steps: int 
             clock.mark("sampler")
             decoder.transformer.clock = NoClock()
             rows += decode_rows(decoder.plan, decoder, sequences, clock, weight_dtype)
+        held, peak = decoder.budget.held_bytes, decoder.budget.peak_bytes
     finally:
         decoder.transformer.clock = NoClock()
         for sequence in sequences:
             decoder.close(sequence)
-    return DecodeSample(batch, context_tokens, median(plain), _medians(rows))
+    low, high = np.percentile(plain, (20, 80))
+    step_s = median(plain)
+    return DecodeSample(
+        batch, context_tokens, step_s, medians(rows), prefill_s, float(high - low) / step_s, round(held), round(peak)
+    )
 
 
 def sample_prefill(
@@ -133,7 +192,7 @@ def sample_prefill(
         finally:
             decoder.transformer.clock = NoClock()
             decoder.close(sequence)
-    return median(seconds), _medians(rows)
+    return median(seconds), medians(rows)
 
 
 def _seed_prior(decoder: Decoder, sequence: CachedSequence, prior_tokens: int) -> None:
@@ -145,83 +204,3 @@ def _seed_prior(decoder: Decoder, sequence: CachedSequence, prior_tokens: int) -
             if decoder.scoring is not None and decoder.scoring.prompt_statistic:
                 layer.scores = torch.zeros(shape.kv_heads, prior_tokens, device=decoder.device)
     sequence.num_tokens = prior_tokens
-
-
-# -- rows -------------------------------------------------------------------------------------------------------------
-
-
-def _linear_rows(decoder: Decoder, num_tokens: int, clock: OpClock, weight_dtype: str) -> Iterator[tuple[Op, float]]:
-    model, seconds = decoder.transformer.spec.model, clock.seconds
-    names = [gemm.name for gemm in model.gemms()]
-    for times, op in linear_ops(model, 1, weight_dtype, num_tokens):
-        name = names.pop(0) if isinstance(op, Gemm) else op.name if isinstance(op, Elementwise) else ""
-        if name in seconds:
-            yield op, seconds[name] / times
-
-
-def decode_rows(
-    plan: CachePlan, decoder: Decoder, sequences: Sequence[CachedSequence], clock: OpClock, weight_dtype: str
-) -> Rows:  # fmt: skip
-    """Rows of one timed decode step."""
-    batch, seconds, shape = len(sequences), clock.seconds, plan.shape
-    rows: Rows = list(_linear_rows(decoder, batch, clock, weight_dtype))
-    for _, op in head_ops(decoder.transformer.spec.model, 1, batch, weight_dtype=weight_dtype):
-        name = "lm_head" if isinstance(op, Gemm) else "sampler"
-        rows.append((op, seconds[name]))
-    slots, resident, longest = _read_slots(plan, sequences)
-    attention = replace(plan.attention(0, batch, 0, 0), kv_slots=round(slots), max_kv_tokens=longest)
-    rows.append((attention, seconds["attention"] / shape.num_layers))
-    ops = plan.step_ops(batch, resident)
-    policies = _policy_rows([replace(op, num_launches=batch * op.num_launches) for op in ops if isinstance(op, PolicyKernel)], clock)
-    # What a policy does beyond its declared kernels, such as moving a ring on, is the step's own.
-    told = {op.kernel for op, _ in policies if isinstance(op, PolicyKernel)}
-    rest = sum(value for label, value in seconds.items() if label in KERNEL_LABELS - told)
-    rows.append((HostWork("torch_decoder", "step", batch), seconds["step"] + rest))
-    return rows + policies
-
-
-def _read_slots(plan: CachePlan, sequences: Sequence[CachedSequence]) -> tuple[float, int, int]:
-    """(slots that one layer's attention reads, resident (token, layer, head) triples, longest head), as plans count them.
-
-    Slots are bytes read over the bytes of a compressed slot: tokens in full precision count for several.
-    """
-    layers, resident = plan.shape.num_layers, sum(sum(row) for sequence in sequences for row in sequence.lengths())
-    if plan.is_plain:
-        slots = resident / layers
-    else:
-        slots = sum(plan.kv_bytes(s.shape.prompt_tokens, s.step) for s in sequences) / layers / plan.slot_bytes
-    longest = max(max(row) for sequence in sequences for row in sequence.lengths())
-    return slots, resident, max(longest, round(slots / len(sequences) / plan.shape.kv_heads))
-
-
-def prefill_rows(decoder: Decoder, new_tokens: int, prior_tokens: int, clock: OpClock, weight_dtype: str) -> Rows:
-    """Rows of one timed prompt chunk."""
-    plan = decoder.plan
-    shape = plan.shape
-    rows: Rows = list(_linear_rows(decoder, new_tokens, clock, weight_dtype))
-    op = PrefillAttention(new_tokens, prior_tokens, shape.q_heads, shape.kv_heads, shape.head_dim, plan.kv_dtype)
-    rows.append((op, clock.seconds["attention"] / shape.num_layers))
-    return rows + _policy_rows(plan.prefill_ops(new_tokens, prior_tokens), clock)
-
-
-def _policy_rows(ops: Sequence[Op], clock: OpClock) -> Rows:
-    """One row for each kernel: several launches of one are one Op here."""
-    by_kernel: dict[str, list[PolicyKernel]] = {}
-    for op in ops:
-        if isinstance(op, PolicyKernel):
-            by_kernel.setdefault(op.kernel, []).append(op)
-    rows: Rows = []
-    for kernel, same in by_kernel.items():
-        launches = sum(op.num_launches for op in same)
-        if clock.seconds.get(kernel) and launches:
-            whole = replace(same[0], bytes_moved=sum(o.bytes_moved for o in same), flops=sum(o.flops for o in same), num_launches=launches)
-            rows.append((whole, clock.seconds[kernel]))
-    return rows
-
-
-def _medians(rows: Rows) -> Rows:
-    """One row for each Op: the median of its times."""
-    times: dict[Op, list[float]] = {}
-    for op, seconds in rows:
-        times.setdefault(op, []).append(seconds)
-    return [(op, median(values)) for op, values in times.items()]

@@ -20,6 +20,7 @@ class OutOfBlocks(RuntimeError):
 class Codec(Protocol):
     """Rows of `width` numbers in blocks of one tensor or two."""
 
+    width: int
     tensors: tuple[torch.Tensor, ...]
 
     def write(self, blocks: torch.Tensor, offsets: torch.Tensor | int, rows: torch.Tensor) -> None:
@@ -35,6 +36,7 @@ class Plain:
     """Rows as they are, in 16 bits."""
 
     def __init__(self, num_blocks: int, block_size: int, width: int, dtype: torch.dtype, device: str | torch.device) -> None:
+        self.width = width
         self.rows = torch.empty(num_blocks, block_size, width, dtype=dtype, device=device)
         self.tensors = (self.rows,)
 
@@ -49,7 +51,9 @@ class Float8:
     """e4m3 with a scale of 1 for the whole tensor, converted as it is written."""
 
     def __init__(self, num_blocks: int, block_size: int, width: int, device: str | torch.device) -> None:
+        self.width, self.format = width, QuantFormat("fp8", "channel", width)
         self.codes = torch.empty(num_blocks, block_size, width, dtype=torch.uint8, device=device)
+        self.params = torch.ones(1, 1, 1, dtype=torch.float16, device=device).expand(num_blocks, block_size, 1)
         self.tensors = (self.codes,)
 
     def write(self, blocks: torch.Tensor, offsets: torch.Tensor | int, rows: torch.Tensor) -> None:
@@ -89,7 +93,7 @@ class ByToken:
     def __init__(self, num_blocks: int, block_size: int, width: int, fmt: QuantFormat, device: str | torch.device) -> None:
         if block_size % fmt.group_size:
             raise ValueError(f"group_size={fmt.group_size} must divide the block of {block_size} tokens; use blocks of 32 tokens")
-        self.format, self.block_size = fmt, block_size
+        self.format, self.block_size, self.width = fmt, block_size, width
         groups = block_size // fmt.group_size
         self.codes = torch.empty(num_blocks, block_size, fmt.row_bytes(width), dtype=torch.uint8, device=device)
         self.params = torch.empty(num_blocks, groups, fmt.params_per_row(width), dtype=torch.float16, device=device)
@@ -119,14 +123,42 @@ def quantize(groups: torch.Tensor, axis: int, fmt: QuantFormat) -> tuple[torch.T
     return exact.add_(0.5).floor_().clamp_(0, fmt.max_code).int(), torch.stack((scale, minimum), -2)
 
 
-class Lane:
-    """Blocks of one width of key: the pool's storage of keys and values, and its free blocks."""
+class Budget:
+    """Bytes that all lanes and rings of a pool share. peak_bytes: the most that were held since it was last set."""
 
-    def __init__(self, keys: Codec, values: Codec, num_blocks: int) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes, self.held_bytes, self.peak_bytes = num_bytes, 0.0, 0.0
+
+    def take(self, num_bytes: float, what: str) -> None:
+        """Raises OutOfBlocks."""
+        if self.held_bytes + num_bytes > self.num_bytes:
+            raise OutOfBlocks(f"{what} needed, {self.num_bytes - self.held_bytes:.0f} of the pool's {self.num_bytes} bytes are free")
+        self.held_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
+    def give(self, num_bytes: float) -> None:
+        self.held_bytes -= num_bytes
+
+
+class Lane:
+    """Blocks of one width of key: storage of keys and values, and the blocks that are free.
+
+    num_blocks: of the storage, one of which is nobody's.
+    charge_bytes: what a block takes of the budget: keys, values and scales, and the state that policies declare for its slots.
+    """
+
+    def __init__(self, keys: Codec, values: Codec, num_blocks: int, budget: Budget, charge_bytes: float) -> None:
+        self.keys, self.values, self.budget, self.charge_bytes = keys, values, budget, charge_bytes
         self.block_bytes = sum(t[0].numel() * t.element_size() for t in (*keys.tensors, *values.tensors))
-        self.free = list(range(num_blocks - 1, -1, -1))
-        self.num_blocks = num_blocks
+        self.num_blocks = num_blocks - 1
+        self.spare = num_blocks - 1
+        """The block that is never given out: rows of a batch that hold no sequence write there."""
+        self.free = list(range(self.num_blocks - 1, -1, -1))
+
+    @property
+    def num_bytes(self) -> int:
+        """Allocated, in use or not."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys.tensors, *self.values.tensors))
 
     def take_rows(self, blocks: torch.Tensor, offsets: torch.Tensor) -> list[torch.Tensor]:
         """Keys and values at these places, copied as they are stored: codes stay codes. Not for codecs that store whole groups."""
@@ -140,9 +172,11 @@ class Lane:
         """Raises OutOfBlocks."""
         if number > len(self.free):
             raise OutOfBlocks(f"{number} blocks are needed, {len(self.free)} of {self.num_blocks} are free")
+        self.budget.take(number * self.charge_bytes, f"{number} blocks are")
         taken = self.free[-number:]
         del self.free[-number:]
         return taken
 
     def give(self, blocks: list[int]) -> None:
+        self.budget.give(len(blocks) * self.charge_bytes)
         self.free += blocks

@@ -18,9 +18,13 @@ from kvsim.policies.snapkv import SnapKV
 from kvsim.policies.streaming_llm import StreamingLLM
 from kvsim.policies.think import ThinK
 from kvsim.policies.window import Window
+from kvsim.units import GIB, MIB
 
 BLOCK_TOKENS = 32
 """KIVI's key groups are of 32 tokens, and a block holds whole groups."""
+
+POOL_FRAC = 0.35
+"""Of a GPU's memory: a cache of keys of two widths allocates it twice, and weights and activations want their own."""
 
 
 def _policies(budget: int) -> dict[str, list[object]]:
@@ -57,11 +61,14 @@ CPU_UNSEEN = _small("unseen", 4, 640, 10, 5, 1792, 6000)
 def cpu_study() -> Study:
     """fp32, as CPUs compute."""
     models = {model.name: model for model in CPU_MODELS}
-    return Study(models, _policies(128), (1, 2, 4, 8), (64, 200, 500, 1200), (16, 64, 256), (0, 128, 512), "fp32", BLOCK_TOKENS)  # type: ignore[arg-type]
+    sizes = ((1, 2, 4, 8), (64, 200, 500, 1200), (16, 64, 256), (0, 128, 512))
+    fits = {"fit_models": ("small",), "fit_contexts": (200, 500, 1200), "fit_pool_bytes": 16 * MIB}
+    return Study(models, _policies(128), *sizes, "fp32", BLOCK_TOKENS, **fits)  # type: ignore[arg-type]
 
 
-def gpu_study() -> Study:
-    """Two layers of models of the catalogue: steps of whole ones are as many times as long."""
+def gpu_study(memory_bytes: int) -> Study:
+    """Two layers of models of the catalogue: steps of whole ones are as many times as long. memory_bytes: the device's."""
     models = {name: replace(load_model(name), num_layers=2) for name in ("llama-3.1-8b", "llama-2-7b", "qwen2.5-7b")}
     sizes = ((1, 4, 16, 64), (512, 2048, 8192), (128, 512, 2048), (0, 2048, 8192))
-    return Study(models, _policies(1024), *sizes, "bf16", BLOCK_TOKENS, 32 * 2**30)  # type: ignore[arg-type]
+    fits = {"fit_models": ("llama-3.1-8b",), "fit_contexts": (2048, 8192), "fit_pool_bytes": 2 * GIB}
+    return Study(models, _policies(1024), *sizes, "bf16", BLOCK_TOKENS, int(POOL_FRAC * memory_bytes), **fits)  # type: ignore[arg-type]

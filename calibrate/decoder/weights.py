@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +35,15 @@ class Weights:
     final_norm: tuple[torch.Tensor, torch.Tensor | None]
     head: torch.Tensor
     head_bias: torch.Tensor | None = None
-    num_bytes: int = field(default=0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors, each counted once however often it is used."""
+        found = [self.embedding, self.positions, *(self.embedding_norm or ()), *self.final_norm, self.head, self.head_bias]
+        for layer in self.layers:
+            found += [*layer.matrices.values(), *layer.biases.values(), *(part for norm in layer.norms for part in norm)]
+            found += layer.qk_norms or ()
+        return sum(t.numel() * t.element_size() for t in {id(t): t for t in found if t is not None}.values())
 
 
 def random_weights(

@@ -29,13 +29,21 @@ def _need_torch(command: str) -> None:
     "--budget-s", type=click.FloatRange(min=0), default=420.0, show_default=True,
     help="Time to measure; what is left is measured when the command is run again. 0: only fit.",
 )  # fmt: skip
-def decode(device: str, out: str, budget_s: float) -> None:
-    """Run full decoding with every policy applied, fit a profile of it, and say how wrong it is (docs/calibration.md)."""
+@click.option(
+    "--attention", type=click.Choice(("torch", "triton")),
+    help="What decode steps attend with; default: triton (the kernels, and CUDA graphs) on cuda, torch on cpu.",
+)  # fmt: skip
+def decode(device: str, out: str, budget_s: float, attention: str | None) -> None:
+    """Run full decoding with every policy applied, fit a profile of it, and say how wrong it is (docs/calibration.md).
+
+    Prints prefill and step times, tokens/s, memory and the largest batch that a pool holds, each beside the simulator's number.
+    """
     _need_torch("decode")
     import shlex
     from pathlib import Path
 
     from kvsim.calibrate.decode_command import HEADS, conclude, device_gpu, error_lines, pick_device, run_study
+    from kvsim.calibrate.decode_report import DECODE_HEADS, FILE, FIT_HEADS, decode_lines, fit_lines, notes
     from kvsim.progress import count_bar
     from kvsim.reports.console import print_parts
     from kvsim.reports.tables import plain_table
@@ -43,11 +51,18 @@ def decode(device: str, out: str, budget_s: float) -> None:
     folder, chosen = Path(out), pick_device(device)
     device_gpu(folder)
     with count_bar("decoding", shown=budget_s > 0) as tell:
-        study = run_study(chosen, folder, budget_s, tell)
+        study = run_study(chosen, folder, budget_s, tell, attention)
     command = shlex.join(["kvsim", *click.get_current_context().find_root().obj])
     done = conclude(study, chosen, folder, command)
+    shown, lines = next(iter(study.models)), fit_lines(done.reports)
+    tables = [plain_table(f"Decoding of model {shown}", DECODE_HEADS, decode_lines(done.reports, shown), right=True)]
+    if lines:
+        tables.append(plain_table("Largest batch that a pool holds, found by filling it", FIT_HEADS, lines, right=True))
     title = "Steps measured as a whole beside the profile's sums"
-    print_parts([plain_table(title, HEADS, error_lines(done.errors), right=True)], sys.stdout)
+    print_parts([*tables, plain_table(title, HEADS, error_lines(done.errors), right=True)], sys.stdout)
+    for line in notes(done.reports):
+        click.echo(line)
+    click.echo(f"wrote {folder / FILE}: all models, batches and contexts")
     click.echo(f"wrote {done.path}; use it with `gpu: {folder / 'device.yaml'}`, `profile: {done.path}` and engine torch_decoder")
 
 
@@ -78,6 +93,7 @@ def serve(
     for one in served:
         print_parts([plain_table(one.policy, HEADS, one.lines(), right=True)], sys.stdout)
         off = one.median_errors()
+        click.echo(f"steps that only decode: {one.launch}")
         click.echo(f"median over requests of |simulated - measured| / measured: TTFT {off['ttft']:.1%}, E2E {off['e2e']:.1%}\n")
     if out is not None:
         try:

@@ -71,11 +71,11 @@ class Engine(Frozen):
     """Prompt chunks and decodes share one attention launch."""
     sampler_kernels: ClassVar[tuple[int, ...]] = SAMPLER_KERNELS
     """fp32 values per logit that each kernel of its sampler reads or writes."""
-    one_by_one: ClassVar[bool] = False
-    """Policies' kernels are launched for one sequence of the batch after the other."""
     rotation_passes: ClassVar[int] = 0
     """How often all cached rotary keys are read and written again in a step where a policy moves their positions; 0: attention rotates
     keys as it reads them (FlashInfer's ROPE_LLAMA does), or turns the query in their place, as kvsim's decoder does."""
+    captures_chunks: ClassVar[bool] = True
+    """Steps that compute prompt chunks replay graphs too, where they are small enough; False: steps that only decode."""
     updates_whole_pool: ClassVar[bool] = True
     """KV-Compress's metrics are updated over the whole block pool in every step, as in its fork of vLLM."""
     host_overlap: ClassVar[Literal["async", "sync"]] = "async"
@@ -103,6 +103,14 @@ class Engine(Frozen):
     def captured(self, num_tokens: int) -> bool:
         """Whether a step over so many tokens replays a CUDA graph."""
         return num_tokens <= self.captured_tokens
+
+    def for_plan(self, plan: CachePlan) -> Engine:
+        """The engine as it runs this composition of policies: one that some of them keep from replaying graphs runs eagerly."""
+        return self
+
+    def one_by_one(self, plan: CachePlan) -> frozenset[str]:
+        """Policies' kernels that are launched for one sequence of the decoding batch after the other."""
+        return frozenset()
 
     def padded(self, num_tokens: int) -> int:
         """Tokens that linear Ops compute: the next captured size, or the true number where none is captured."""

@@ -1,7 +1,8 @@
 """kvsim's own decoder (`kvsim.calibrate.decoder`) as an engine: what `kvsim calibrate serve` puts beside a simulation.
 
 Scheduling is vLLM V1's, and the very class: a live run asks the simulator's scheduler. What differs is what a step launches:
-every kernel by itself from Python, attention one sequence after the other, and the host waits for each step.
+kernels one by one from Python, or a CUDA graph for a step that only decodes, and the host waits for each step. Decode attention is
+one launch a layer for the whole batch; what policies do to single caches is done to one sequence after the other.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ from kvsim.pool import BlockPool
 
 _LOGIT_BYTES = 4
 """The decoder's logits are fp32."""
+NOT_CAPTURED = {
+    "keyformer": "its temperature changes with every step and is an argument of the launch",
+    "kivi": "its rings are copied beside each other, and groups of keys become codes inside the step",
+    "streaming_llm": "the query is turned by another angle in every step for the sinks, one sequence after the other",
+}
+"""Policies under which no step replays a CUDA graph, and why. All others do their work on single caches between replays."""
 
 
 class TorchDecoder(Engine):
@@ -31,17 +38,45 @@ class TorchDecoder(Engine):
     max_num_batched_tokens: int = Field(512, gt=0, description="most tokens computed in a step, prompts and decodes")
     block_size_tokens: int = Field(16, gt=0, description="tokens of a KV block")
     num_gpu_blocks: int | None = Field(None, gt=0, description="the engine's own number of blocks, in place of the ledger's")
+    attention: Literal["torch", "triton"] = Field(
+        "torch", description="what decodes attend with: torch, or the Triton kernels (GPU), under which CUDA graphs are captured too"
+    )
     per_head_kv: bool = Field(True, description="blocks belong to KV heads, which may hold different numbers of tokens")
 
     kernels: ClassVar[str] = "torch_decoder"
     mixes_attention: ClassVar[bool] = False
-    one_by_one: ClassVar[bool] = True
+    captures_chunks: ClassVar[bool] = False
+    capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 257, 8))
+    """As vLLM's first ones; only under attention=triton."""
     updates_whole_pool: ClassVar[bool] = False
     host_overlap: ClassVar[Literal["async", "sync"]] = "sync"
 
     @property
     def block_tokens(self) -> int:
         return self.block_size_tokens
+
+    @property
+    def captured_tokens(self) -> int:
+        """Torch's attention groups caches on the host, so that no step is the same twice."""
+        return 0 if self.attention == "torch" else super().captured_tokens
+
+    def why_eager(self, plan: CachePlan) -> str:
+        """Why no step under this plan replays a graph; "" where steps that only decode do."""
+        if self.attention == "torch":
+            return "attention=torch groups caches on the host"
+        if self.enforce_eager:
+            return "enforce_eager is set"
+        kinds = (str(getattr(policy, "kind", "")) for policy in plan.composition.policies)
+        return next((f"{kind}: {NOT_CAPTURED[kind]}" for kind in kinds if kind in NOT_CAPTURED), "")
+
+    def for_plan(self, plan: CachePlan) -> TorchDecoder:
+        return self.model_copy(update={"enforce_eager": True}) if self.why_eager(plan) and not self.enforce_eager else self
+
+    def one_by_one(self, plan: CachePlan) -> frozenset[str]:
+        """Choosing and moving slots; writing KIVI's rings; and torch's scores, since only small and alike caches are attended together."""
+        rings = {"kv_quantize"} if plan.window_tokens else set()
+        scores = {"decode_attention_scored"} if self.attention == "torch" else set()
+        return frozenset({"select", "compact", "rerotate"} | rings | scores)
 
     def host_ops(self, batch: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
         """On a CPU launches are part of what Ops take, and its profile says that they cost nothing beside."""

@@ -10,7 +10,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the decoder needs torch")
 pytest.importorskip("triton", reason="packing is shared with the Triton kernels")
 
-from kvsim.calibrate.decoder.decoder import CachedSequence, Decoder  # noqa: E402
+from kvsim.calibrate.decoder.decoder import Decoder  # noqa: E402
+from kvsim.calibrate.decoder.sequence import CachedSequence  # noqa: E402
 from kvsim.calibrate.decoder.spec import DecoderSpec, spec_from_hf, spec_of  # noqa: E402
 from kvsim.calibrate.decoder.storage import OutOfBlocks  # noqa: E402
 from kvsim.calibrate.decoder.transformer import Transformer  # noqa: E402
@@ -334,11 +335,11 @@ def test_the_cache_has_the_layout_of_the_kernels() -> None:
 
     decoder, sequence = filled([], 50)
     layer, q = sequence.layers[1], torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
-    out, _ = attention.decode(layer, q, 49, decoder.how)
+    out, _ = attention.decode([layer], q[None], [49], decoder.how)
     lanes = (codec.rows[:, :, None] for codec in (decoder.full.keys, decoder.full.values))
     lengths = torch.tensor([layer.full.lengths], dtype=torch.int32)
     expected, _ = decode_attention.reference(q[None], *lanes, lengths, layer.full.table[None].int())
-    torch.testing.assert_close(out, expected[0].float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out, expected.float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["full", "int4", "fp8"])

@@ -23,7 +23,7 @@ from kvsim.calibrate.decoder.study import Case, Study, measure, measured_rows, o
 from kvsim.calibrate.decoder.transformer import Transformer  # noqa: E402
 from kvsim.calibrate.decoder.weights import random_weights  # noqa: E402
 from kvsim.calibrate.live import LiveReplica  # noqa: E402
-from kvsim.calibrate.serve_command import serve  # noqa: E402
+from kvsim.calibrate.serve_command import on_device, serve  # noqa: E402
 from kvsim.cli import main  # noqa: E402
 from kvsim.cost import StepCosts  # noqa: E402
 from kvsim.cost_types import Run  # noqa: E402
@@ -141,6 +141,17 @@ def test_what_cannot_be_served_is_refused(changed: dict[str, Any], message: str,
     data = {**given.model_dump(mode="json", exclude={"base_dir"}), **changed}
     with pytest.raises(InputError, match=message):
         serve(parse_scenario(data, tmp_path), torch.device("cpu"))
+
+
+def test_the_engine_is_simulated_as_the_device_runs_it(tmp_path: Path) -> None:
+    """The backend that is left out is the device's; one that is named stays; a CPU replays no graphs."""
+    left_out, named = scenario(tmp_path, 200), scenario(tmp_path, 200, attention="torch")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for given, device, attention, eager in (
+        (left_out, cpu, "torch", True), (left_out, gpu, "triton", False), (named, gpu, "torch", False),
+    ):  # fmt: skip
+        engine = on_device(given, device).engine
+        assert (engine.attention, engine.enforce_eager) == (attention, eager)  # type: ignore[attr-defined]
 
 
 # -- samples ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from kvsim.calibrate.decoder import attention
 from kvsim.calibrate.decoder.rules.base import Rule, best, compact, window_votes
 
 if TYPE_CHECKING:
-    from kvsim.calibrate.decoder.decoder import CachedSequence
+    from kvsim.calibrate.decoder.sequence import CachedSequence
 
 
 class SnapKV(Rule):
@@ -145,7 +145,7 @@ class ThinK(Rule):
             seq.clock.mark("think_scores")
             old = number - recent
             narrow = k[:, :old].gather(2, layer.channels[:, None].expand(-1, old, -1))
-            layer.pruned.append(narrow, v[:, :old])
             newest = torch.arange(old, number, device=k.device).expand(k.shape[0], -1)
-            layer.full.keep(list(newest))
+            layer.full.keep(list(newest))  # first, so that the pool never holds the prompt twice
+            layer.pruned.append(narrow, v[:, :old])
             seq.clock.mark("think_gather")

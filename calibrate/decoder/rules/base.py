@@ -12,7 +12,7 @@ from kvsim.calibrate.decoder import attention
 from kvsim.calibrate.decoder.cache import LayerCache
 
 if TYPE_CHECKING:
-    from kvsim.calibrate.decoder.decoder import CachedSequence
+    from kvsim.calibrate.decoder.sequence import CachedSequence
 
 PROTECTED = torch.inf
 

@@ -11,7 +11,7 @@ from kvsim.calibrate.decoder.rules.base import PROTECTED, Rule, best, compact, w
 from kvsim.policies.base import SequenceShape
 
 if TYPE_CHECKING:
-    from kvsim.calibrate.decoder.decoder import CachedSequence
+    from kvsim.calibrate.decoder.sequence import CachedSequence
 
 
 class Steady(Rule):
