@@ -75,10 +75,12 @@ class Paced(LiveReplica):
 
         live.prefill_step = prefill_step  # type: ignore[method-assign]
 
-    def decode_run(self, costs: object, batch: DecodeBatch, limit_ps: int | None, max_steps: int) -> Run:  # type: ignore[override]
-        super().decode_run(costs, batch, limit_ps, max_steps)
+    def decode_run(  # type: ignore[override]
+        self, costs: object, batch: DecodeBatch, limit_ps: int | None, max_steps: int, decided: bool = False
+    ) -> Run:
+        super().decode_run(costs, batch, limit_ps, max_steps, decided)
         assert self.peak_bytes <= self.scheduler.pool.capacity_units * self.decoder.plan.unit_bytes
-        return decode_run(self.paced, batch, limit_ps, 1)
+        return decode_run(self.paced, batch, limit_ps, 1, decided)
 
 
 @pytest.mark.parametrize("num_blocks", [200, 20])
