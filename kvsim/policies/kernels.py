@@ -94,10 +94,11 @@ def compact(shape: CacheShape, kept_slots: int) -> PolicyKernel:
 
 def rerotate(shape: CacheShape, num_slots: int) -> PolicyKernel:
     """Keys rotated to their position inside the cache: read and written once by a kernel, pass by pass by a chain of eager launches."""
-    passes = max(1, shape.rotation_passes)
+    passes, bytes_moved, flops = max(1, shape.rotation_passes), num_slots * shape.slot_bytes, 3.0 * num_slots * shape.head_dim
+    if passes == 1:
+        return PolicyKernel("rerotate", bytes_moved=bytes_moved, flops=flops, num_launches=shape.num_layers)
     return PolicyKernel(
-        "rerotate" if passes == 1 else "rotate_chain", bytes_moved=passes * num_slots * shape.slot_bytes,
-        flops=3.0 * num_slots * shape.head_dim, num_launches=passes * shape.num_layers,
+        "rotate_chain", bytes_moved=passes * bytes_moved, flops=flops, num_launches=passes * shape.num_layers, owner="engine"
     )
 
 
