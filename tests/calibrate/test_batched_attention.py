@@ -187,6 +187,8 @@ def test_sequences_attended_together_are_as_alone(name: str, monkeypatch: pytest
     for alone in (False, True):
         monkeypatch.setattr(attention, "alike", (lambda layer, how: None) if alone else together)
         decoder = make(POLICIES[name], "torch")
+        assert isinstance(decoder.attention, torch_attention.TorchAttention)
+        decoder.attention.groups_alike = True  # as on a GPU
         sequences = [decoder.open(number, max_steps=20) for number in (75, 41, 75, 70, 20)]
         for sequence in sequences:
             decoder.step([(sequence, tokens(sequence.shape.prompt_tokens, sequence.shape.prompt_tokens))], [])
@@ -196,10 +198,9 @@ def test_sequences_attended_together_are_as_alone(name: str, monkeypatch: pytest
 
 
 def test_alike_caches_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five sequences, three of which end in the same block: three groups in every layer, and none over rings."""
+    """On a GPU: five sequences, three of which end in the same block, are three groups in every layer, and none over rings."""
     calls: list[int] = []
     original = attention.decode
-    monkeypatch.setattr(torch_attention, "CPU_GROUP_BYTES", 3 * 75 * 2 * 64 * 4)
 
     def count(layers: list[object], *rest: object) -> object:
         calls.append(len(layers))
@@ -207,23 +208,17 @@ def test_alike_caches_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(attention, "decode", count)
     for name, expected in (("full", [3, 1, 1]), ("kivi2", [1] * 5), ("streaming_llm", [1] * 5)):
-        decoder = make(STEADY[name], "torch")
-        sequences = [decoder.open(number, max_steps=20) for number in (75, 41, 75, 70, 20)]
-        for sequence in sequences:
-            decoder.step([(sequence, tokens(sequence.shape.prompt_tokens))], [])
-        calls.clear()
-        decoder.step([], [(one, 5) for one in sequences])
-        assert sorted(calls[: len(expected)], reverse=True) == expected and len(calls) == 2 * len(expected), name
-
-
-def test_groups_are_as_large_as_a_cpu_bears(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = make([], "torch")
-    sequences = [decoder.open(60, max_steps=20) for _ in range(5)]
-    for sequence in sequences:
-        decoder.step([(sequence, tokens(60))], [])
-    monkeypatch.setattr(decoder.attention, "_most_bytes", 2 * 61 * 2 * 64 * 4)
-    decoder.step([], [(one, 5) for one in sequences])
-    assert decoder.attention._groups(0) == [[0, 1], [2, 3], [4]]  # type: ignore[union-attr]
+        for grouped in (True, False):
+            decoder = make(STEADY[name], "torch")
+            assert isinstance(decoder.attention, torch_attention.TorchAttention) and not decoder.attention.groups_alike, "on a CPU"
+            decoder.attention.groups_alike = grouped
+            sequences = [decoder.open(number, max_steps=20) for number in (75, 41, 75, 70, 20)]
+            for sequence in sequences:
+                decoder.step([(sequence, tokens(sequence.shape.prompt_tokens))], [])
+            calls.clear()
+            decoder.step([], [(one, 5) for one in sequences])
+            sizes = expected if grouped else [1] * 5
+            assert sorted(calls[: len(sizes)], reverse=True) == sizes and len(calls) == 2 * len(sizes), name
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
