@@ -71,5 +71,5 @@ def fit_lines(batch: np.ndarray, times: Mapping[str, np.ndarray]) -> dict[str, L
 def eager_launch_us(rows: Sequence[Mapping[str, str]], model: Model) -> float:
     """Of each launch that kvsim counts in a layer: Python and dispatcher as measured, the CUDA runtime's part added."""
     layer_us = median(float(row["median_us"]) for row in rows if row["part"] == "layer")
-    counted = num_launches_per_step(model, 1) // model.num_layers
+    counted = num_launches_per_step(model, 1, "bf16") // model.num_layers
     return (layer_us + KERNELS_PER_LAYER * CUDA_LAUNCH_US) / counted

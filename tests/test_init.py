@@ -52,7 +52,9 @@ def test_every_gpu_and_engine_gets_a_scenario_that_runs_or_a_reason(gpu: str) ->
             try:
                 scenario = parsed(starter_text(chosen))
             except DoesNotFitError as error:
-                assert model == "llama-3.1-70b" and "with the largest: llama-3.1-70b does not fit on 8 x" in str(error)
+                reason = str(error)
+                assert model == "llama-3.1-70b" and reason.startswith("no tensor_parallel of 1, 2, 4, 8 will do; with the largest: ")
+                assert "llama-3.1-70b does not fit on 8 x" in reason or "must fit the KV pool" in reason
                 continue
             assert (scenario.gpu, scenario.model, scenario.engine.kind) == (gpu, model, engine)
             tp = scenario.tensor_parallel

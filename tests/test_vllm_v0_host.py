@@ -90,7 +90,7 @@ def test_launches_of_an_engine_that_nobody_measured_stay_assumed() -> None:
 
 
 def test_a_layer_costs_what_was_measured_and_its_kernels_launches(host_rows) -> None:  # type: ignore[no-untyped-def]
-    counted = num_launches_per_step(MODEL, 1) // MODEL.num_layers
+    counted = num_launches_per_step(MODEL, 1, "bf16") // MODEL.num_layers
     layer_us = 1e6 * PROFILE.answer(HostWork("vllm_v0", "eager_launch", counted)).seconds
     python_us = [float(row["median_us"]) for row in host_rows.read_rows() if row["part"] == "layer"]
     bare = host_rows.KERNELS_PER_LAYER * host_rows.CUDA_LAUNCH_US
