@@ -30,6 +30,7 @@ SUMMARIES = {
 NUM_PARAMS = {
     "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304,
     "qwen3-4b": 4_022_468_096, "qwen3-14b": 14_768_307_200, "qwen2.5-72b": 72_706_203_648, "llama-33b": 32_528_943_616,
+    "qwen2.5-7b-1m": 7_615_616_512,
 }  # fmt: skip
 """Of the Hugging Face repositories' safetensors, tied matrices once."""
 

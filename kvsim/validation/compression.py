@@ -5,30 +5,31 @@ A gain is full over compressed for times, compressed over full for rates, so abo
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean, median
-from typing import Any
+from statistics import median
 
 from kvsim.hardware import load_gpu
 from kvsim.model import load_model
 from kvsim.validation import published_compression as p
 from kvsim.validation.cases import Bar, Case, Row, Truth
 from kvsim.validation.compression_settings import CALIBRATED, FULL, PARTLY, Setting, settings
+from kvsim.validation.loads import mean_tokens
 from kvsim.validation.naive import BYTES, ROOFLINE, roofline_of
+from kvsim.validation.serving_models import reference, write_models
 
 NAME = "compression"
 GAIN = "gain: "
 TPOT_LIMIT, GAIN_LIMIT = 0.10, 0.05
+"""Our own, as nobody set them: steps as good as the H100 rows of `silicon` have to be, and a gain, where what both caches share cancels,
+twice as good."""
 
 
 def model_folder() -> tempfile.TemporaryDirectory[str]:
     """Where `cases` finds models that the catalogue lacks, and lengths, while it is open."""
     folder = tempfile.TemporaryDirectory()
-    for name, config in p.MODELS.items():
-        (Path(folder.name) / f"{name}.json").write_text(json.dumps(config), encoding="utf-8")
+    write_models(Path(folder.name))
     for prompt in p.KVPRESS_SWEEPS_S:
         lines = ["prompt_tokens,output_tokens", *(f"{round(frac * prompt)},100" for frac in p.KVPRESS_KEPT_FRACS)]
         (Path(folder.name) / f"kvpress-{prompt}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -41,18 +42,18 @@ def cases(folder: Path, quick: bool = False) -> list[Case]:
 
 
 def _cases(setting: Setting, folder: Path) -> Iterator[Case]:
-    reference = str(folder / f"{setting.model}.json") if setting.model in p.MODELS else setting.model
+    model = reference(setting.model, folder)
     lengths = dict(setting.workload["lengths"])
     if lengths["kind"] == "empirical":
         lengths["path"] = str(folder / lengths["path"])
-    prompt, output = setting.mean_tokens or _mean_tokens(lengths)
+    prompt, output = setting.mean_tokens or mean_tokens(lengths)
     for name, run in setting.runs.items():
         scenario = {
-            "gpu": setting.gpu, "model": reference, "weight_dtype": setting.weight_dtype, "tensor_parallel": setting.tp,
+            "gpu": setting.gpu, "model": model, "weight_dtype": setting.weight_dtype, "tensor_parallel": setting.tp,
             "engine": dict(setting.engine), "workload": {**setting.workload, "lengths": lengths}, "policies": {name: run.policy},
         }  # fmt: skip
         reads = roofline_of(
-            load_gpu(setting.gpu), load_model(reference), setting.tp, setting.weight_dtype, setting.batch, prompt, output,
+            load_gpu(setting.gpu), load_model(model), setting.tp, setting.weight_dtype, setting.batch, prompt, output,
             (prompt + output / 2) * run.bytes_frac,
         )  # fmt: skip
         naive = {**reads, "itl_p50_ms": reads["tpot_ms"], "ttft_p50_ms": reads["ttft_ms"], "duration_s": reads["prefill_s"]}
@@ -60,11 +61,6 @@ def _cases(setting: Setting, folder: Path) -> Iterator[Case]:
             NAME, f"{setting.group}: {load_gpu(setting.gpu).name}", f"{setting.name}, {name}", scenario,
             tuple(Truth(*pair) for pair in run.truths.items()), setting.source, {ROOFLINE: naive}, setting.confidence,
         )  # fmt: skip
-
-
-def _mean_tokens(lengths: Mapping[str, Any]) -> tuple[float, float]:
-    names = {"fixed": ("{}_tokens",), "uniform": ("{}_min_tokens", "{}_max_tokens"), "lognormal": ("{}_mean_tokens",)}[lengths["kind"]]
-    return mean(lengths[name.format("prompt")] for name in names), mean(lengths[name.format("output")] for name in names)
 
 
 def gains(rows: list[Row]) -> list[Row]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvsim.units import GIB
 from kvsim.validation import published_compression as p
+from kvsim.validation.loads import SHAREGPT_MEANS, at_once, fixed, loop
 
 FULL = "full"
 PARTLY = ", partly stated"
@@ -58,23 +59,19 @@ def _fp8(full: Mapping[str, float], fp8: Mapping[str, float]) -> dict[str, Run]:
     return {FULL: Run(full), "fp8": Run(fp8, FP8, 0.5)}
 
 
-def _at_once(num_requests: int, prompt: int, output: int) -> dict[str, Any]:
-    lengths = {"kind": "fixed", "prompt_tokens": prompt, "output_tokens": output}
-    return {"arrivals": {"kind": "all_at_once"}, "num_requests": num_requests, "lengths": lengths}
-
-
 def _vllm_blog() -> list[Setting]:
     found = []
     for gpu, lines in p.ITL_LINES.items():
         for prompt in p.ITL_PROMPTS:
             full, fp8 = ({"tpot_ms": intercept + slope * prompt} for intercept, slope in (lines["full"], lines["fp8"]))
             found.append(Setting(
-                "fp8 cache", f"Llama-3.1-8B {prompt}+128", gpu, "llama-3.1-8b", {**V1, "max_model_len": 131072}, _at_once(1, prompt, 128),
-                _fp8(full, fp8), f"{p.VLLM_BLOG}: vLLM 0.19.1", "read off the line that the source fitted to its sweep",
+                "fp8 cache", f"Llama-3.1-8B {prompt}+128", gpu, "llama-3.1-8b", {**V1, "max_model_len": 131072},
+                at_once(1, fixed(prompt, 128)), _fp8(full, fp8), f"{p.VLLM_BLOG}: vLLM 0.19.1",
+                "read off the line that the source fitted to its sweep",
             ))  # fmt: skip
     lengths = {"kind": "uniform", "prompt_min_tokens": 17_000, "prompt_max_tokens": 23_000, "output_min_tokens": 1_700,
                "output_max_tokens": 2_300}  # fmt: skip
-    load = {"arrivals": {"kind": "closed_loop", "clients": 8}, "num_requests": 150, "lengths": lengths}
+    load = loop(8, 150, lengths)
     full, fp8 = ({"ttft_p50_ms": ttft, "itl_p50_ms": itl, "output_tok_s": rate} for ttft, itl, _, rate in p.UNDER_LOAD.values())
     found.append(Setting(
         "fp8 cache", "Llama-3.1-8B c=8 20000+2000", "h100-sxm", "llama-3.1-8b",
@@ -92,16 +89,16 @@ def _a100_eager() -> list[Setting]:
     for prompt, runs in p.A100_PROMPTS.items():
         full, fp8 = ({"duration_s": seconds} for seconds, _ in runs)
         found.append(Setting(
-            "fp8 cache", f"Qwen3-8B 8 prompts of {prompt}", "a100-sxm-80gb", "qwen3-8b", engine, _at_once(8, prompt, 1), _fp8(full, fp8),
-            p.A100_EAGER, "tokens of a step not stated: vLLM's default offline", batch=8,
+            "fp8 cache", f"Qwen3-8B 8 prompts of {prompt}", "a100-sxm-80gb", "qwen3-8b", engine, at_once(8, fixed(prompt, 1)),
+            _fp8(full, fp8), p.A100_EAGER, "tokens of a step not stated: vLLM's default offline", batch=8,
         ))  # fmt: skip
         full, fp8 = ({"itl_p50_ms": 8e3 / rate} for _, rate in runs)
         longest = prompt == max(p.A100_PROMPTS)
         if longest:
             full["kv_pool_gib"], fp8["kv_pool_gib"] = (n * size * token_bytes / GIB for n, size in pools)
         found.append(Setting(
-            "fp8 cache", f"Qwen3-8B 8 x {prompt}+256", "a100-sxm-80gb", "qwen3-8b", engine, _at_once(8, prompt, 256), _fp8(full, fp8),
-            p.A100_EAGER, "" if longest else CALIBRATED, batch=8,
+            "fp8 cache", f"Qwen3-8B 8 x {prompt}+256", "a100-sxm-80gb", "qwen3-8b", engine, at_once(8, fixed(prompt, 256)),
+            _fp8(full, fp8), p.A100_EAGER, "" if longest else CALIBRATED, batch=8,
         ))  # fmt: skip
     return found
 
@@ -113,7 +110,7 @@ def _l4() -> list[Setting]:
         pool = {"kv_pool_gib": p.L4_POOL_GIB} if prompt == min(p.L4_RATES) else {}
         full, fp8 = ({"tpot_ms": 1e3 / rate, **pool} for rate in rates)
         found.append(Setting(
-            "fp8 cache", f"Qwen3-4B {prompt}+256", "l4", "qwen3-4b", engine, _at_once(1, prompt, 256), _fp8(full, fp8), p.L4_DOCS,
+            "fp8 cache", f"Qwen3-4B {prompt}+256", "l4", "qwen3-4b", engine, at_once(1, fixed(prompt, 256)), _fp8(full, fp8), p.L4_DOCS,
             "tokens generated not stated, 256 taken",
         ))  # fmt: skip
     return found
@@ -125,9 +122,8 @@ def _others() -> list[Setting]:
         {"ttft_ms": ttft, "tpot_ms": tpot, "kv_pool_gib": tokens * size * token_bytes / GIB}
         for (ttft, tpot, tokens), size in zip(p.ADA_TP4_RUNS.values(), (2, 1), strict=True)
     )
-    one_by_one = {"arrivals": {"kind": "closed_loop", "clients": 1}, "num_requests": 2, "lengths": _at_once(1, 10_240, 1024)["lengths"]}
-    sharegpt = {"kind": "lognormal", "prompt_mean_tokens": 217.4, "output_mean_tokens": 200.5}
-    burst = {"arrivals": {"kind": "poisson", "rate_per_s": 128}, "num_requests": 1000, "lengths": sharegpt}
+    one_by_one = loop(1, 2, fixed(10_240, 1024))
+    burst = {"arrivals": {"kind": "poisson", "rate_per_s": 128}, "num_requests": 1000, "lengths": SHAREGPT_MEANS}
     rates = ({"requests_per_s": rate} for rate in p.SGLANG_13B_REQUESTS_PER_S.values())
     return [
         Setting(
@@ -154,8 +150,8 @@ def _sparse_vllm() -> list[Setting]:
         for name, times in p.SPARSE_VLLM_ITL_MS.items()
     }
     return [Setting(
-        "evicted tokens" + PARTLY, "Qwen2.5-7B-1M 4 x 128000+128", "h100-sxm", "qwen2.5-7b-1m", engine, _at_once(4, 128_000, 128), runs,
-        p.SPARSE_VLLM, "its own engine, after LightLLM and nano-vLLM: SGLang stands in", batch=4,
+        "evicted tokens" + PARTLY, "Qwen2.5-7B-1M 4 x 128000+128", "h100-sxm", "qwen2.5-7b-1m", engine, at_once(4, fixed(128_000, 128)),
+        runs, p.SPARSE_VLLM, "its own engine, after LightLLM and nano-vLLM: SGLang stands in", batch=4,
     )]  # fmt: skip
 
 
@@ -172,8 +168,8 @@ def _lmdeploy() -> list[Setting]:
         read = {FULL: 1.0, "kivi": 5 / 16, "streaming_llm": kept / prompt, "h2o": kept / prompt}
         runs = {name: Run({"itl_p50_ms": 1e3 * batch / rate}, policies[name], read[name]) for name, rate in rates.items()}
         found.append(Setting(
-            "several policies" + PARTLY, f"{model} {batch} x {prompt}+64", "rtx-a6000", model, engine, _at_once(batch, prompt, 64), runs,
-            p.LMDEPLOY, confidence, batch=batch, weight_dtype="fp16",
+            "several policies" + PARTLY, f"{model} {batch} x {prompt}+64", "rtx-a6000", model, engine, at_once(batch, fixed(prompt, 64)),
+            runs, p.LMDEPLOY, confidence, batch=batch, weight_dtype="fp16",
         ))  # fmt: skip
     return found
 
@@ -182,14 +178,14 @@ def _hugging_face() -> list[Setting]:
     engine = {"kind": "huggingface", "max_prefill_tokens": 8192}
     found = [
         Setting(
-            "full cache", f"{model} {prompt}+32", "l40s", model, engine, _at_once(1, prompt, 33),
+            "full cache", f"{model} {prompt}+32", "l40s", model, engine, at_once(1, fixed(prompt, 33)),
             {FULL: Run({"ttft_ms": 1e3 * prefill, "tpot_ms": step})}, p.L40S_HF, "32 passes by hand, without generate",
         )
         for model, (prompt, prefill, step) in p.L40S_HF_RUNS.items()
     ]  # fmt: skip
     for prompt, sweeps in p.KVPRESS_SWEEPS_S.items():
         lengths = {"kind": "empirical", "path": f"kvpress-{prompt}.csv", "repeat": True}
-        load = {"arrivals": {"kind": "closed_loop", "clients": 1}, "num_requests": len(p.KVPRESS_KEPT_FRACS), "lengths": lengths}
+        load = loop(1, len(p.KVPRESS_KEPT_FRACS), lengths)
         full, quanto = ({"tpot_ms": (whole - loaded) / p.KVPRESS_STEPS * 1e3} for loaded, whole in sweeps)
         runs = {FULL: Run(full), "quanto": Run(quanto, [INT4], 4.5 / 16)}
         found.append(Setting(

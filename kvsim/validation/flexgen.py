@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from kvsim.validation.cases import OUT_OF_MEMORY, Bar, Case, Row, Truth
+from kvsim.validation.loads import at_once, fixed
 from kvsim.validation.naive import BYTES, ROOFLINE, byte_ratio, roofline
 
 NAME = "published"
@@ -79,10 +80,7 @@ def _scenario(
             "kind": "flexgen", "prompt_tokens": prompt, "max_model_len": prompt + output, "long_sequences": prompt + output > 2048,
             **engine,
         },
-        "workload": {
-            "arrivals": {"kind": "all_at_once"}, "num_requests": block,
-            "lengths": {"kind": "fixed", "prompt_tokens": prompt, "output_tokens": output},
-        },
+        "workload": at_once(block, fixed(prompt, output)),
     }  # fmt: skip
 
 

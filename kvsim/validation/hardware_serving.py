@@ -14,9 +14,10 @@ from kvsim.hardware import load_gpu
 from kvsim.model import load_model
 from kvsim.units import GIB
 from kvsim.validation.cases import Case, Truth
+from kvsim.validation.loads import SHAREGPT_MEANS, at_once, fixed, loop, mean_tokens
 from kvsim.validation.naive import ROOFLINE, roofline_of
 from kvsim.validation.serving_lengths import LENGTHS
-from kvsim.validation.serving_models import MODELS
+from kvsim.validation.serving_models import reference
 from kvsim.validation.serving_run import Run
 from kvsim.validation.serving_runs import runs
 
@@ -76,56 +77,41 @@ class _Maker:
         source: str, confidence: str = "", weight_dtype: str = "bf16", batch: int = 1,
     ) -> Case:  # fmt: skip
         """batch: of the roofline."""
-        reference = str(self._folder / f"{model}.json") if model in MODELS else model
+        model = reference(model, self._folder)
         scenario = {
-            "gpu": gpu, "model": reference, "weight_dtype": weight_dtype, "engine": engine, "workload": workload,
+            "gpu": gpu, "model": model, "weight_dtype": weight_dtype, "engine": engine, "workload": workload,
             "policies": {"full": []},
         }  # fmt: skip
-        prompt, output = (_mean_tokens(workload["lengths"], side) for side in ("prompt", "output"))
-        naive = roofline_of(load_gpu(gpu), load_model(reference), 1, weight_dtype, batch, prompt, output)
+        prompt, output = mean_tokens(workload["lengths"])
+        naive = roofline_of(load_gpu(gpu), load_model(model), 1, weight_dtype, batch, prompt, output)
         return Case(
             self._suite, f"{group}: {load_gpu(gpu).name}", name, scenario, tuple(Truth(*pair) for pair in truths.items()), source,
             {ROOFLINE: naive}, confidence,
         )  # fmt: skip
 
     def of_run(self, run: Run) -> Case:
-        reference = str(self._folder / f"{run.model}.json") if run.model in MODELS else run.model
+        model = reference(run.model, self._folder)
         if isinstance(run.workload, str):
             recorded = LENGTHS[run.workload]
             workload: Mapping[str, Any] = {"trace": {"path": str(self._folder / f"{run.workload}.csv"), "format": "csv"}}
             prompt, output = recorded.mean_prompt_tokens, recorded.mean_output_tokens
         else:
             workload = run.workload
-            prompt, output = (_mean_tokens(workload["lengths"], side) for side in ("prompt", "output"))
+            prompt, output = mean_tokens(workload["lengths"])
         scenario = {
-            "gpu": run.gpu, "model": reference, "tensor_parallel": run.tp, "weight_dtype": run.weight_dtype, "engine": run.engine,
+            "gpu": run.gpu, "model": model, "tensor_parallel": run.tp, "weight_dtype": run.weight_dtype, "engine": run.engine,
             "workload": workload, "policies": {"full": []},
         }  # fmt: skip
-        naive = roofline_of(load_gpu(run.gpu), load_model(reference), run.tp, run.weight_dtype, run.batch, prompt, output)
+        naive = roofline_of(load_gpu(run.gpu), load_model(model), run.tp, run.weight_dtype, run.batch, prompt, output)
         group = f"{BY_SETTING}{', partly stated' if run.missing else ''}: {run.setting}"
         truths = tuple(Truth(*pair) for pair in run.truths.items())
         return Case(self._suite, group, run.name, scenario, truths, run.source, {ROOFLINE: naive}, run.missing)
 
 
-def _mean_tokens(lengths: dict[str, Any], side: str) -> float:
-    return float(lengths[f"{side}_tokens" if lengths["kind"] == "fixed" else f"{side}_mean_tokens"])
-
-
-def _loop(clients: int, num_requests: int, prompt: int, output: int) -> dict[str, Any]:
-    return {
-        "arrivals": {"kind": "closed_loop", "clients": clients}, "num_requests": num_requests,
-        "lengths": {"kind": "fixed", "prompt_tokens": prompt, "output_tokens": output},
-    }  # fmt: skip
-
-
-def _at_once(num_requests: int, lengths: dict[str, Any]) -> dict[str, Any]:
-    return {"arrivals": {"kind": "all_at_once"}, "num_requests": num_requests, "lengths": lengths}
-
-
 def _a10g(make: _Maker) -> list[Case]:
     engine = {**V1, "async_scheduling": False, "max_num_batched_tokens": 2048, "max_model_len": 32768}
     found = [
-        make.case(STATED, f"Qwen2.5-7B {prompt}+64", "a10g", "qwen2.5-7b", engine, _loop(1, 2, prompt, 64),
+        make.case(STATED, f"Qwen2.5-7B {prompt}+64", "a10g", "qwen2.5-7b", engine, loop(1, 2, fixed(prompt, 64)),
                   {"ttft_ms": ttft, "tpot_ms": tpot, **({"kv_pool_gib": 5.04} if prompt == 257 else {})}, A10G)
         for prompt, (ttft, tpot) in A10G_PROMPTS.items()
     ]  # fmt: skip
@@ -133,7 +119,7 @@ def _a10g(make: _Maker) -> list[Case]:
     for clients, (ttft, each) in A10G_V0_USERS.items():
         tpot = (150 * each - ttft) / 149
         found.append(make.case(
-            PARTLY, f"Llama-3-8B c={clients} 550+150", "a10g", "llama-3.1-8b", v0, _loop(clients, 10 * clients, 550, 150),
+            PARTLY, f"Llama-3-8B c={clients} 550+150", "a10g", "llama-3.1-8b", v0, loop(clients, 10 * clients, fixed(550, 150)),
             {"tpot_ms": tpot, **({"ttft_ms": ttft} if clients == 1 else {})}, A10G_V0,
             "found without its address; lengths vary, requests not stated", batch=clients,
         ))  # fmt: skip
@@ -148,16 +134,16 @@ def _l4(make: _Maker) -> list[Case]:
         pool = L4_POOL_TOKENS[model] * 2 * 28 * 8 * 128 * 2 / GIB  # keys and values of 28 layers, 8 heads of 128, 2 bytes
         for users, rate in rates.items():
             found.append(make.case(
-                STATED, f"{model} c={users} 128+256", "l4", model, engine, _loop(users, max(3 * users, 8), 128, 256),
+                STATED, f"{model} c={users} 128+256", "l4", model, engine, loop(users, max(3 * users, 8), fixed(128, 256)),
                 {"output_tok_s": rate}, L4, batch=users,
             ))  # fmt: skip
         found += [
-            make.case(STATED, f"{model} chat 100+256", "l4", model, engine, _loop(1, 2, 100, 256),
+            make.case(STATED, f"{model} chat 100+256", "l4", model, engine, loop(1, 2, fixed(100, 256)),
                       {"tpot_ms": tpot, "kv_pool_gib": pool}, L4),
-            make.case(STATED, f"{model} 8192+64", "l4", model, engine, _loop(1, 2, 8192, 64), {"ttft_ms": ttft}, L4),
+            make.case(STATED, f"{model} 8192+64", "l4", model, engine, loop(1, 2, fixed(8192, 64)), {"ttft_ms": ttft}, L4),
             make.case(
                 STATED, f"{model} saturated, 512 users", "l4", model, engine,
-                {"arrivals": {"kind": "closed_loop", "clients": 512}, "num_requests": 2000, "lengths": L4_MIX},
+                loop(512, 2000, L4_MIX),
                 {"output_tok_s": L4_SATURATED[model]}, L4, "drawn lengths of the stated kind", batch=256,
             ),
         ]  # fmt: skip
@@ -168,7 +154,7 @@ def _l4_small(make: _Maker) -> list[Case]:
     engine = {**V1, "gpu_memory_utilization": 0.6, "max_model_len": 8192}
     return [
         make.case(
-            PARTLY, f"Qwen2.5-0.5B c={users} 256+128", "l4", "qwen2.5-0.5b", engine, _loop(users, 10 * users, 256, 128),
+            PARTLY, f"Qwen2.5-0.5B c={users} 256+128", "l4", "qwen2.5-0.5b", engine, loop(users, 10 * users, fixed(256, 128)),
             {"tpot_ms": (e2e - ttft) / 127, "ttft_ms": ttft, "output_tok_s": rate}, L4_SMALL, "medians; number of requests not stated",
             batch=users,
         )
@@ -181,30 +167,29 @@ def _others(make: _Maker) -> list[Case]:
     short = {**V1, "max_model_len": 8192}
     found = [
         make.case(
-            PARTLY, f"Qwen2.5-7B c={users}", "rtx-a6000", "qwen2.5-7b", short, _loop(users, 12, 64, 51), {"tpot_ms": tpot}, A6000,
+            PARTLY, f"Qwen2.5-7B c={users}", "rtx-a6000", "qwen2.5-7b", short, loop(users, 12, fixed(64, 51)), {"tpot_ms": tpot}, A6000,
             "prompts not stated, 64 tokens taken; median", batch=users,
         )
         for users, tpot in A6000_TPOT_MS.items()
     ]  # fmt: skip
-    sharegpt = {"kind": "lognormal", "prompt_mean_tokens": 217.4, "output_mean_tokens": 200.5}
     found += [
         make.case(
-            PARTLY, "Qwen2.5-1.5B, one request of 64 tokens", "t4", "qwen2.5-1.5b", short, _loop(1, 1, 64, 64), {"tpot_ms": 14.6},
+            PARTLY, "Qwen2.5-1.5B, one request of 64 tokens", "t4", "qwen2.5-1.5b", short, loop(1, 1, fixed(64, 64)), {"tpot_ms": 14.6},
             "github.com/thealonemusk/InferStack: vLLM 0.29.0, Kaggle", "prompt not stated, 64 tokens taken", "fp16",
         ),
         make.case(
-            PARTLY, "Llama-3.1-8B c=1 1024+128", "a100-40gb", "llama-3.1-8b", short, _loop(1, 20, 1024, 128), {"tpot_ms": 1000 / 75},
+            PARTLY, "Llama-3.1-8B c=1 1024+128", "a100-40gb", "llama-3.1-8b", short, loop(1, 20, fixed(1024, 128)), {"tpot_ms": 1000 / 75},
             "johnmusgrave.com, vLLM throughput-latency sweep: vLLM 0.23.0", "in words: about 75 tokens a second",
         ),
         make.case(
             PARTLY, "Llama-3.1-8B, 50 at once, 100+443", "a40", "llama-3.1-8b", {**short, "async_scheduling": False},
-            _at_once(50, {"kind": "fixed", "prompt_tokens": 100, "output_tokens": 443}), {"tpot_ms": 35.96},
+            at_once(50, fixed(100, 443)), {"tpot_ms": 35.96},
             "databasemart.com, vLLM on A40", "version not stated, 0.8 or later; answers vary, 443 tokens in the mean; median", batch=50,
         ),
         make.case(
             PARTLY, "Qwen3-32B, 1000 ShareGPT at once, 32 running", "h100-nvl", "qwen3-32b",
             {**V1, "async_scheduling": False, "max_num_seqs": 32, "max_model_len": 32000, "max_num_batched_tokens": 2048},
-            _at_once(1000, sharegpt), {"output_tok_s": 653.61}, "vllm-project/vllm issue 17788: vLLM 0.8.5",
+            at_once(1000, SHAREGPT_MEANS), {"output_tok_s": 653.61}, "vllm-project/vllm issue 17788: vLLM 0.8.5",
             "reported as too slow (fp8 no faster); lengths by their means", batch=32,
         ),
     ]  # fmt: skip

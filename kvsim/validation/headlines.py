@@ -10,6 +10,7 @@ from typing import Any
 from kvsim.api import Deployment, build_ledger, build_plan, deploy, simulate
 from kvsim.scenario import parse_scenario
 from kvsim.validation.cases import Row
+from kvsim.validation.loads import at_once, fixed
 from kvsim.validation.naive import BYTES
 
 NAME = "published"
@@ -25,10 +26,7 @@ def _scenario(policy: list[dict[str, Any]], batch: int) -> dict[str, Any]:
     return {
         "gpu": "a100-sxm-80gb", "model": "llama-2-7b", "weight_dtype": "fp16", "policies": {"p": policy},
         "engine": {"kind": "huggingface", "batch_size": batch, "gpu_memory_utilization": 1.0, "attn_implementation": "eager"},
-        "workload": {
-            "arrivals": {"kind": "all_at_once"}, "num_requests": batch,
-            "lengths": {"kind": "fixed", "prompt_tokens": PROMPT, "output_tokens": OUTPUT},
-        },
+        "workload": at_once(batch, fixed(PROMPT, OUTPUT)),
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvsim.validation.cases import Bar, Case, Row, Truth
+from kvsim.validation.loads import at_once, fixed
 from kvsim.validation.naive import BYTES, ROOFLINE, byte_ratio, roofline
 
 NAME = "published"
@@ -36,10 +37,7 @@ def cases() -> list[Case]:
                     "kind": "huggingface", "batch_size": batch, "num_beams": BEAMS, "gpu_memory_utilization": 1.0,
                     "attn_implementation": "eager",
                 },
-                "workload": {
-                    "arrivals": {"kind": "all_at_once"}, "num_requests": batch,
-                    "lengths": {"kind": "fixed", "prompt_tokens": tokens, "output_tokens": tokens},
-                },
+                "workload": at_once(batch, fixed(tokens, tokens)),
             }  # fmt: skip
             name = f"{policy} {tokens}+{tokens} batch {batch}"
             full_tokens = tokens + tokens / 2

@@ -11,6 +11,7 @@ from statistics import mean, median
 from typing import Any
 
 from kvsim.validation.cases import Bar, Case, Row, Truth
+from kvsim.validation.loads import at_once, fixed
 from kvsim.validation.naive import BYTES, byte_ratio, roofline
 
 NAME = "published"
@@ -82,10 +83,7 @@ def scenario(setup: str, ratio: float, prompt_tokens: int, cap: int | None = Non
             "kind": "vllm_v0", "gpu_memory_utilization": s["share"], "max_model_len": s["max_len"], "block_size_tokens": 16,
             "enforce_eager": True, "per_head_kv": True, **({"max_num_seqs": cap} if cap else {}),
         },
-        "workload": {
-            "arrivals": {"kind": "all_at_once"}, "num_requests": 256,
-            "lengths": {"kind": "fixed", "prompt_tokens": prompt_tokens, "output_tokens": OUTPUT_TOKENS},
-        },
+        "workload": at_once(256, fixed(prompt_tokens, OUTPUT_TOKENS)),
     }  # fmt: skip
 
 

@@ -2,20 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-QWEN25_7B_1M = {
-    "model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 1010000, "tie_word_embeddings": False,
-    "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
-}  # fmt: skip
-QWEN3_4B = {
-    "model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": True,
-    "num_hidden_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "head_dim": 128,
-}  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {"qwen2.5-7b-1m": QWEN25_7B_1M, "qwen3-4b": QWEN3_4B}
-"""config.json of the Hugging Face repositories, for models that the catalogue lacks."""
-
 VLLM_BLOG = "vLLM blog, 2026-04-22, 'The State of FP8 KV-Cache and Attention Quantization in vLLM'"
 ITL_LINES = {
     "h100-sxm": {"full": (6.44, 4.37e-5), "fp8": (6.58, 2.37e-5)},

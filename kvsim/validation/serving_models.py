@@ -37,12 +37,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 32768, "tie_word_embeddings": False,
         "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8,
     },
+    "qwen2.5-7b-1m": {
+        "model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 1010000, "tie_word_embeddings": False,
+        "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
+    },
     "llama-33b": {
         "model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 2048, "num_hidden_layers": 60, "hidden_size": 6656,
         "intermediate_size": 17920, "num_attention_heads": 52,
     },
 }  # fmt: skip
 """config.json of the Hugging Face repositories, for models that the catalogue lacks."""
+
+
+def reference(name: str, folder: Path) -> str:
+    """What a scenario calls a model by: its file in the folder of `write_models`, or its name in the catalogue."""
+    return str(folder / f"{name}.json") if name in MODELS else name
 
 
 def write_models(folder: Path) -> None:

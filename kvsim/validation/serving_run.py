@@ -25,23 +25,3 @@ class Run(NamedTuple):
     tp: int = 1
     weight_dtype: str = "bf16"
     batch: int = 1
-
-
-def fixed(prompt: int, output: int) -> dict[str, Any]:
-    return {"kind": "fixed", "prompt_tokens": prompt, "output_tokens": output}
-
-
-def sharegpt(prompt: float, output: float) -> dict[str, Any]:
-    """Its means, spread as the 320 of `serving_lengths` and no longer than vLLM's benchmark lets through (is_valid_sequence)."""
-    return {
-        "kind": "lognormal", "prompt_mean_tokens": prompt, "prompt_cv": 1.17, "prompt_max_tokens": 1024,
-        "output_mean_tokens": output, "output_cv": 1.02, "output_max_tokens": 2047,
-    }  # fmt: skip
-
-
-def at_once(num_requests: int, lengths: dict[str, Any]) -> dict[str, Any]:
-    return {"arrivals": {"kind": "all_at_once"}, "num_requests": num_requests, "lengths": lengths}
-
-
-def loop(clients: int, num_requests: int, lengths: dict[str, Any]) -> dict[str, Any]:
-    return {"arrivals": {"kind": "closed_loop", "clients": clients}, "num_requests": num_requests, "lengths": lengths}

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvsim.validation import serving_singles
-from kvsim.validation.serving_run import A100, H100, NO_SXM, VLLM_11, Run, at_once, fixed, loop, sharegpt
+from kvsim.validation.loads import at_once, fixed, loop, sharegpt
+from kvsim.validation.serving_run import A100, H100, NO_SXM, VLLM_11, Run
 
 # -- GPUStack's performance lab: engines on one A100, offered everything at once -----------------------------------------
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvsim.validation.serving_run import A100, H100, NO_SXM, RTX_4090, VLLM_11, Run, at_once, fixed, loop, sharegpt
+from kvsim.validation.loads import at_once, fixed, loop, sharegpt
+from kvsim.validation.serving_run import A100, H100, NO_SXM, RTX_4090, VLLM_11, Run
 
 _AMD_S = {
     (1, 128): 17.236, (8, 128): 19.677, (32, 128): 24.932, (128, 128): 46.484, (1, 2048): 17.500, (32, 2048): 25.966, (128, 2048): 52.394
