@@ -82,11 +82,12 @@ TAIL = """
   matrix products 31, H2O's own kernels 5, element-wise ones 4. The log is 8.6 ms a step slower, 0.27 ms a layer. What kvsim lacks:
   how badly an argmin over the long side of 818 x 2,048 scores and the scatters and clones of `cache_replace` run; they are counted by
   bytes, at an assumed efficiency. At batch 24 the same kernels cost too little to tell.
-- **Attention of FlexGen and Hugging Face on A100s**, batched products of cuBLAS, has no table. It is priced by SGLang's of that card, which
-  reads 0.7-1.2 TB/s and was measured under a backend of Hopper's (no server is priced by it any more). By vLLM's table, 1.2-1.6 TB/s, the
-  H2O logs would be up to 35 % too quick. PyTorch's blog on Flash-Decoding times eager attention of 16 query heads over 2 KV heads: 1,336 us
-  at 65,536 tokens for a copy and the products, 0.42 of the bandwidth in all, as kvsim has it; with the second copy that a batch needs the
-  products alone could reach anything from 0.42 to 0.84. SGLang's table, at 0.53, lies between.
+- **Attention of FlexGen and Hugging Face on A100s**, batched products of cuBLAS, has no table. It is priced by SGLang's of that card,
+  which reads 0.8-1.3 TB/s of caches beyond 1 GiB and was measured under a backend of Hopper's (no server is priced by it any more). By
+  vLLM's table, 1.4-1.7 TB/s, the H2O logs would be up to 35 % too quick. PyTorch's blog on Flash-Decoding times eager attention of 16
+  query heads over 2 KV heads: 1,336 us at 65,536 tokens for a copy and the products, 0.42 of the bandwidth in all, as kvsim has it. By
+  its rows of batches, which need a second copy (3,059-3,224 us), the products reach 0.7-0.96 if both copies run at one rate, and 0.42 if
+  copies and products all do. SGLang's table, at 0.53, lies between.
 - **Prefill of FlexGen's full caches** is 13-24 % too quick (with H2O within 7 %): the fork sums, sorts, gathers and concatenates whole
   caches even where everything is kept, which is not modelled. Peaks are exact because the tensors alive at once are counted in the
   code; they admit softmax in fp16 only, as in FlexGen's own repository.

@@ -32,8 +32,8 @@ NEIGHBOUR_RANGE = 0.7
 SERVERS = ("vllm", "sglang", "trtllm")
 HOPPER_ATTENTION = ("a100-sxm-80gb/sglang-0.5.10",)
 """Attention measured under a backend (FlashAttention 3) that the engine takes on Hopper alone (its docs: FlashInfer on A100 and A40): its
-decode reads 0.7-1.2 TB/s there, vLLM's 1.2-1.6. No server is priced with it. Engines on plain torch, whose batched products no table
-has, still find it among the tables of other engines."""
+decode reads caches beyond 1 GiB at 0.8-1.3 TB/s there, vLLM's at 1.4-1.7. No server is priced with it. Engines on plain torch, whose
+batched products no table has, still find it among the tables of other engines."""
 
 
 class Neighbours:

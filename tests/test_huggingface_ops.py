@@ -51,7 +51,7 @@ def test_a_quantised_cache_is_widened_and_then_copied_in_16_bits() -> None:
     elements = SLOTS * 2 * HEAD_DIM
     stored = elements * 0.5
     moved = launched(costs([{"kind": "kv_quant", "dtype": "int4"}]), stored)
-    assert moved == {"cat_token": 2 * 2 * elements, "widen_cache": pytest.approx(ops.WIDEN_BYTES * elements + 2 * elements - stored)}
+    assert moved == {"cat_token": 2 * 2 * elements, "widen_cache": pytest.approx((1 + 1 + 2 + 2 + 2 + 2) * elements)}
 
 
 @pytest.mark.parametrize("policy", [[{"kind": "kivi", "bits": 4}], [{"kind": "snapkv", "budget_tokens": 512}], []])
@@ -67,6 +67,19 @@ def test_eager_scores_pass_through_a_chain_and_shared_heads_are_repeated() -> No
     }  # fmt: skip
     alike = costs([], "llama-2-7b", attn_implementation="eager")
     assert "repeat_kv" not in launched(alike, stored)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_older_releases_repeat_shared_heads_before_fused_attention_too(attention: str) -> None:
+    stored, group, pairs = SLOTS * 2 * HEAD_DIM * 2, Q_HEADS // KV_HEADS, KV_HEADS * LAYERS
+    old = costs([], attn_implementation=attention, repeat_kv=True)
+    assert launched(old, stored) == {"cat_token": 2 * stored, "repeat_kv": 2 * group * stored}
+    (prompt,) = old.engine.prompt_ops(old.plan.shape, 300, PROMPT)
+    assert isinstance(prompt, PolicyKernel) and prompt.kernel == "repeat_kv"
+    assert prompt.bytes_moved == 2 * group * (300 + PROMPT) * pairs * 2 * HEAD_DIM * 2
+    assert not costs([], attn_implementation=attention).engine.prompt_ops(old.plan.shape, 300, PROMPT)
+    alike = costs([], "llama-2-7b", attn_implementation=attention, repeat_kv=True)
+    assert "repeat_kv" not in launched(alike, stored) and not alike.engine.prompt_ops(alike.plan.shape, 300, PROMPT)
 
 
 def test_the_chain_counts_tokens_and_not_stored_bytes() -> None:

@@ -50,7 +50,7 @@ class HuggingFace(Engine):
     repeat_kv: bool = Field(
         False,
         description="copy shared KV heads for every query head before sdpa or flash_attention_2 too, as older releases of transformers do "
-        "(Qwen2's of 4.38 under both); eager always does",
+        "(up to 4.47, Qwen2's modeling_qwen2.py under both); eager always does",
     )
     fit_batch: bool = Field(True, description="shrink a batch to what memory holds; False: out of memory is an error")
     gpu_memory_utilization: float = Field(1.0, gt=0, le=1, description="share of GPU memory the process may use")

@@ -25,9 +25,9 @@ ACTIVATION_PASSES, GATE_PASSES = 2, 3
 """The function, and its product with the other branch."""
 SCORE_BYTES = 24.0
 """Of one 16-bit score of an eager prompt: written by QKᵀ 2, scaled 4, masked 4, softmax into fp32 6, back to 16 bits 6, read by PV 2."""
-WIDEN_BYTES = 8.5
-"""Of one 4-bit element that quanto widens: packed bits read ½, bytes written 1 and read 1, scaled into 16 bits 2, read 2 and less the
-shift 2. Formats of other widths differ in the first term alone."""
+WIDEN_BYTES = 8.0
+"""Of one element that quanto widens, beside reading its codes: bytes written 1 and read 1, scaled into 16 bits 2, read 2 and less the
+shift 2."""
 _FLOAT32_BYTES = 4
 
 
@@ -60,14 +60,13 @@ def decode_ops(plan: CachePlan, cache_bytes: float, num_slots: float, num_layers
 
     cache_bytes: as stored; num_slots: (token, layer, KV head) triples.
     """
-    shape, stored = plan.shape, cache_bytes
+    shape = plan.shape
     ops: list[Op] = []
     if plan.widens_in_torch:
         elements = num_slots * 2 * shape.head_dim
         cache_bytes = elements * shape.element_bytes
-        # What attention itself reads is priced by what is stored: the rest of the 16 bits comes on top.
-        widened = WIDEN_BYTES * elements - elements / 2 + stored + (cache_bytes - stored)
-        ops.append(PolicyKernel("widen_cache", widened, 0.0, 6 * num_layers, "engine"))
+        # Codes are read here and 16 bits by attention, which is priced by the codes: both together are the 16 bits.
+        ops.append(PolicyKernel("widen_cache", WIDEN_BYTES * elements + cache_bytes, 0.0, 6 * num_layers, "engine"))
     half = cache_bytes / 2
     ops += [PolicyKernel("cat_innermost" if eager else "cat_token", 2 * half, 0.0, num_layers, "engine"),
             PolicyKernel("cat_token", 2 * half, 0.0, num_layers, "engine")]  # fmt: skip
