@@ -34,7 +34,7 @@ from kvsim.hardware import Gpu
 from kvsim.profiles import load_profile
 from kvsim.scenario import Scenario, parse_scenario
 
-BATCHES, CONTEXTS, CHUNKS, PRIORS = (3, 6), (150, 350, 800), (40, 150), (0, 300)
+BATCHES, CONTEXTS, CHUNKS, PRIORS = (5, 7), (150, 350, 800), (40, 150), (0, 300)
 SERVED = ("full", "h2o", "snapkv", "streaming_llm")
 MEDIAN_BAR, SERVE_BAR = 0.10, 0.12
 """Of step times, and of mean TTFT and TPOT."""

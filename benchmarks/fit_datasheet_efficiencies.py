@@ -82,6 +82,9 @@ CHOSEN = {
     "gemm.fp32.launch_us": (5.575, "assumed: as 16 bit"),
     "gemm.fp32.memory_frac": (0.8544, "assumed: as 16 bit"),
     "gemm.fp32.compute_frac": (0.759, "assumed: as 16 bit, of the fp32 peak"),
+    "gemm.fp32.tile_rows": (8192.0, "assumed: all rows at once; CPUs are measured"),
+    "gemm.fp32.packed_reads": (1.0, "assumed: weights are read once; CPUs are measured"),
+    "decode_attention.sequence_us": (0.0, "assumed: one launch attends a whole batch; CPUs are measured"),
     "decode_attention.split_tokens": (400.0, "fitted: one value for all GPUs, free fits gave 40-425 on the same rows"),
     "decode_attention.compute_frac": (0.5, "assumed: reached by FlashAttention-2 prefill; binds only below 8 bits"),
     "policy.memory_frac": (

@@ -12,6 +12,7 @@ import torch
 
 from kvsim.calibrate.build import build, write_profile
 from kvsim.calibrate.decode_report import FILE, Report, make_reports, predictor, write_csv
+from kvsim.calibrate.decoder.heap import keep_pages
 from kvsim.calibrate.decoder.predict import Predictor
 from kvsim.calibrate.decoder.studies import cpu_study, gpu_study
 from kvsim.calibrate.decoder.study import Case, Study, ended_cases, measure, measured_rows, open_rows, step_times
@@ -52,11 +53,14 @@ class Calibrated:
 
 
 def pick_device(name: str) -> torch.device:
-    """Raises InputError where torch has no such device. A CPU computes in one thread: see `kvsim.calibrate.decoder.clock`."""
+    """Raises InputError where torch has no such device. A CPU computes in one thread, in memory that it keeps: see
+    `kvsim.calibrate.decoder.clock` and `.heap`.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device", name, "must be a device that torch can use here", "use --device cpu")
     if name == "cpu":
         torch.set_num_threads(1)
+        keep_pages()
     return torch.device(name)
 
 

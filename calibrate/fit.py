@@ -53,12 +53,23 @@ _ATTENTION: Mapping[str, Bounds] = {
     MixedAttention.kind: {"mixed_attention.reread_frac": (0.4, 0.0, 2.0), "mixed_attention.block_s": (4e-6, 1e-8, 4e-5)},
 }  # fmt: skip
 PHYSICS: Mapping[tuple[str, str], Bounds] = {
-    **{(Gemm.kind, dtype): {f"gemm.{dtype}.{n}": b for n, b in _GEMM.items()} for dtype in ("16bit", "fp8", "int8", "int4", "fp32")},
+    **{(Gemm.kind, dtype): {f"gemm.{dtype}.{n}": b for n, b in _GEMM.items()} for dtype in ("16bit", "fp8", "int8", "int4")},
+    (Gemm.kind, "fp32"): {**{f"gemm.fp32.{n}": b for n, b in _GEMM.items()}, "gemm.fp32.packed_reads": (1.5, 1.0, 8.0)},
     (DecodeAttention.kind, "16bit"): _ATTENTION[DecodeAttention.kind],
     (DecodeAttention.kind, "fp8"): {"decode_attention.memory_frac.fp8": (0.7, 0.1, 1.05)},
     (PrefillAttention.kind, "16bit"): _ATTENTION[PrefillAttention.kind],
     (MixedAttention.kind, "16bit"): _ATTENTION[MixedAttention.kind],
-    **{(kind, "fp32"): bounds for kind, bounds in _ATTENTION.items()},
+    (DecodeAttention.kind, "subbyte"): {"decode_attention.memory_frac.subbyte": (0.7, 0.001, 1.05)},
+    (DecodeAttention.kind, "fp32"): {
+        "decode_attention.launch_s": (1e-4, 1e-6, 1e-2), "decode_attention.sequence_s": (1e-4, 0.0, 1e-2),
+        "decode_attention.split_s": (5e-6, 1e-7, 5e-5), "decode_attention.block_s": (1e-5, 1e-7, 1e-3),
+        "decode_attention.memory_frac.16bit": (0.2, 0.005, 1.05), "decode_attention.compute_frac": (0.2, 0.005, 1.05),
+    },
+    (PrefillAttention.kind, "fp32"): {
+        "prefill_attention.launch_s": (1e-4, 1e-6, 1e-2), "prefill_attention.compute_frac": (0.4, 0.01, 1.05),
+        "prefill_attention.memory_frac": (0.1, 0.005, 1.0), "prefill_attention.walk_frac": (0.4, 0.0, 2.0),
+    },
+    (MixedAttention.kind, "fp32"): _ATTENTION[MixedAttention.kind],
     **{
         (Collective.kind, f"{link} {mode}"): {
             f"collective.{link}.{mode}_s": (1e-5, 1e-7, 2e-4), f"collective.{link}.per_doubling_s": (1e-6, 1e-9, 5e-5),
@@ -73,7 +84,13 @@ PHYSICS: Mapping[tuple[str, str], Bounds] = {
     (HostWork.kind, "huggingface launch"): {"host.huggingface.launch.per_sequence_s": (2e-5, 1e-6, 5e-4)},
 }  # fmt: skip
 """Physical constants by (kind, variant): (start, least, most). What is not here keeps the packaged value.
-fp32 comes last: where 16 bit has been fitted, attention keeps the constants of that."""
+fp32 comes last: where 16 bit has been fitted, attention keeps the constants of that. Decodes in fp32 are a CPU's, where single
+caches are attended one after the other and a launch is a dozen calls of torch."""
+WHOLE: Mapping[tuple[str, str], tuple[str, Sequence[float]]] = {
+    (Gemm.kind, "fp32"): ("gemm.fp32.tile_rows", (8192, 1, 2, 3, 4, 6, 8, 12, 16)),
+}
+"""Whole numbers among them: all are tried, and the first of equals is taken. Where there are few rows of activations, a CPU's library
+reads the weights again for every so many of them (torch's on AVX-512: 3, so that a batch of 4 takes up to twice as long as one of 3)."""
 
 SMOOTH: Mapping[str, Sequence[tuple[tuple[str, ...], tuple[float, ...]]]] = {
     Gemm.kind: [
@@ -167,11 +184,20 @@ def fit_physics(gpu: Gpu, base: Efficiencies, rows: Sequence[MeasuredRow]) -> di
         if not bounds or len(chosen) <= len(bounds):
             continue
         chosen = chosen[:: max(1, len(chosen) // PHYSICS_ROWS)]
-        found |= _fit_constants(gpu, base.replaced(found), chosen, bounds)
+        name, choices = WHOLE.get((kind, variant), ("", (0.0,)))
+        tries = []
+        for choice in choices:
+            given = {name: float(choice)} if name else {}
+            values, loss = _fit_constants(gpu, base.replaced(found | given), chosen, bounds)
+            tries.append((loss, values | given))
+        found |= min(tries, key=lambda one: one[0])[1]
     return found
 
 
-def _fit_constants(gpu: Gpu, base: Efficiencies, rows: Sequence[MeasuredRow], bounds: Bounds) -> dict[str, float]:
+def _fit_constants(
+    gpu: Gpu, base: Efficiencies, rows: Sequence[MeasuredRow], bounds: Bounds
+) -> tuple[dict[str, float], float]:
+    """The constants, and what is left of the robust loss."""
     measured = np.log([row.seconds for row in rows])
     scale = np.array([start or 1.0 for start, _, _ in bounds.values()])
 
@@ -184,7 +210,7 @@ def _fit_constants(gpu: Gpu, base: Efficiencies, rows: Sequence[MeasuredRow], bo
 
     start, low, high = (np.array([bound[i] for bound in bounds.values()]) / scale for i in range(3))
     best = least_squares(residual, start, bounds=(low, high), loss="soft_l1", f_scale=SOFT_L1_SCALE, max_nfev=60)
-    return values(best.x)
+    return values(best.x), float(best.cost)
 
 
 def _is(row: MeasuredRow, kind: str, variant: str, gpu: Gpu) -> bool:

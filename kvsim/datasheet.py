@@ -33,6 +33,9 @@ from kvsim.profile import Answer, LogBias
 
 GEMM_TILE_M, GEMM_TILE_N = 16, 128
 """A GEMM computes whole tiles: 16 rows of a tensor-core instruction, 128 columns of a thread block."""
+UNPACKED_TILES = 4
+"""Tiles of rows up to which a CPU's library takes the weights as they lie and reads them for each; beyond it packs them. Measured with
+torch 2.13 on a Xeon with AVX-512: tiles of 3 rows, 12 rows take longer than 16."""
 ATTENTION_TILE_ROWS = 128
 """Query rows of one thread block of a FlashAttention prefill kernel."""
 DECODE_TILE_ROWS = 64
@@ -85,11 +88,13 @@ class DatasheetProfile:
         self._gemm_rates = {
             dtype: self._gemm_rate(dtype) for dtype in WEIGHT_DTYPES if dtype != "fp32" or "fp32" in gpu.peak_flops_per_s
         }
+        self._fp32_tile_rows, self._fp32_packed_reads = e["gemm.fp32.tile_rows"], e["gemm.fp32.packed_reads"]
         self._prefill_launch_s = e["prefill_attention.launch_s"]
         self._prefill_flops_per_s = e["prefill_attention.compute_frac"] * self._peak_16bit
         self._prefill_bytes_per_s = e["prefill_attention.memory_frac"] * self._hbm
         self._prefill_walk = e["prefill_attention.walk_frac"] * gpu.num_sms
         self._decode_launch_s = e["decode_attention.launch_s"]
+        self._decode_sequence_s = e["decode_attention.sequence_s"]
         self._decode_split_s = e["decode_attention.split_s"]
         self._decode_split_tokens = e["decode_attention.split_tokens"]
         self._decode_block_s = e["decode_attention.block_s"] / gpu.num_sms
@@ -179,8 +184,10 @@ class DatasheetProfile:
         weights = 2.0 * n * k if name == "16bit" else matrix_bytes(n, k, op.weight_dtype)
         memory_s = (weights + activation_bytes * m * k + max(activation_bytes, 2.0) * m * n) / (bytes_per_s * share)
         rows, columns = -(-m // GEMM_TILE_M) * GEMM_TILE_M, -(-n // GEMM_TILE_N) * GEMM_TILE_N
-        if name == "fp32":  # vector units have no tiles to fill
+        if name == "fp32":  # vector units have no tiles to fill, but a CPU's library reads the matrix again for every few rows
             rows, columns = m, n
+            tiles = math.ceil(m / self._fp32_tile_rows)
+            memory_s *= tiles if tiles <= UNPACKED_TILES else self._fp32_packed_reads
         return name, launch_s, memory_s, 2.0 * rows * columns * k / flops_per_s
 
     # Attention ----------------------------------------------------------------------------------------------------
@@ -230,7 +237,8 @@ class DatasheetProfile:
             rows, flops_per_s = op.q_heads / op.kv_heads, flops_per_s * self.gpu.peak_flops("fp32") / self._peak_16bit
         compute_s = 4.0 * op.head_dim * rows / flops_per_s
         block_s = blocks * self._decode_block_s
-        launch_s, split_s, split_slots = self._decode_launch_s, self._decode_split_s, self._decode_split_tokens * blocks
+        launch_s = self._decode_launch_s + batch * self._decode_sequence_s
+        split_s, split_slots = self._decode_split_s, self._decode_split_tokens * blocks
         found = []
         for slots in kv_slots:
             stream_s, bound_s = slots * slot_s + query_s, slots * compute_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from kvsim.cli import main
 from kvsim.coordinates import locate
 from kvsim.correction import Correction, Term
 from kvsim.datasheet import DatasheetProfile
+from kvsim.efficiencies import load_efficiencies
 from kvsim.errors import InputError
 from kvsim.hardware import list_gpus, load_gpu
 from kvsim.measured import MeasuredProfile, widened
@@ -33,6 +34,7 @@ from kvsim.profiles import load_profile
 from kvsim.result import Band
 from kvsim.scenario import parse_scenario
 from kvsim.uncertainty import error_bands
+from kvsim.units import GIB
 
 A100, H100, L4 = (load_gpu(name) for name in ("a100-sxm", "h100-sxm", "l4"))
 DECODE = DecodeAttention(16, 32, 8, 128, kv_slots=16 * 8 * 2000, max_kv_tokens=2000, slot_bytes=512.0)
@@ -142,6 +144,31 @@ def test_held_out_errors_and_bands_of_a_made_up_gpu() -> None:
             q = classes[kind, physics.answer(row.op).size_class].quantiles
             inside.append(q[1] <= residual <= q[2])
     assert np.mean(inside) == pytest.approx(0.68, abs=0.04)
+
+
+@pytest.mark.parametrize("tile_rows", [3, 4, 8192])
+def test_a_cpu_that_reads_weights_for_every_few_rows_is_found_out(tile_rows: int) -> None:
+    """From batches that a study runs: what lies between them, and on the other side of a step, follows."""
+    law = {"gemm.fp32.tile_rows": float(tile_rows), "gemm.fp32.packed_reads": 2.0, "decode_attention.sequence_s": 4e-4,
+           "decode_attention.launch_s": 2e-4, "decode_attention.memory_frac.16bit": 0.1}  # fmt: skip
+    truth = DatasheetProfile(A100, load_efficiencies().replaced(law))
+    found, rng = Import("made", "1", "made up"), np.random.default_rng(4)
+    shapes = ((2048, 2048), (4096, 2048), (2048, 4096), (8192, 4096))
+    ops: list[Op] = [Gemm(m, n, k, "fp32") for m in (1, 2, 3, 4, 6, 8, 16, 64, 256) for n, k in shapes]
+    ops += [
+        DecodeAttention(batch, 2 * heads, heads, 64, batch * heads * tokens, tokens, 512.0, "fp32")
+        for batch in (1, 2, 3, 4, 6, 8) for heads in (2, 4, 8) for tokens in (64, 200, 500, 1200)
+    ]  # fmt: skip
+    for i, op in enumerate(ops):
+        found.add(op, truth.answer(op).seconds * math.exp(rng.normal(0, 0.02)), f"made:{i}", A100)
+    file, fit, _ = build(A100, found, "made up", sparse=True)
+    assert fit.efficiencies["gemm.fp32.tile_rows"] == tile_rows
+    assert fit.efficiencies["decode_attention.sequence_s"] == pytest.approx(4e-4, rel=0.1)
+    fitted = MeasuredProfile(file, A100, A100)
+    unseen: list[Op] = [Gemm(m, 3072, 3072, "fp32") for m in (5, 7, 9)]
+    unseen.append(DecodeAttention(5, 10, 5, 64, 5 * 5 * 350, 350, 512.0, "fp32"))
+    for op in unseen:
+        assert fitted.answer(op).seconds == pytest.approx(truth.answer(op).seconds, rel=0.1), op
 
 
 def test_terms_only_where_something_varies() -> None:
@@ -258,6 +285,18 @@ def test_more_cache_is_not_read_faster(name: str) -> None:
 
 def half_width(answer: Answer) -> float:
     return (answer.log_bias[2] - answer.log_bias[1]) / 2
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("sglang-0.5.10", 0.8e12, 1.3e12), ("vllm-0.14.0", 1.4e12, 1.7e12)])
+def test_a100_tables_read_large_caches_at_the_rates_that_set_one_aside(name: str, least: float, most: float) -> None:
+    """`kvsim.profiles.HOPPER_ATTENTION` and docs/profiles.md say so."""
+    gpu, rates = load_gpu("a100-sxm-80gb"), []
+    profile = load_profile(f"a100-sxm-80gb/{name}", gpu, "none")
+    for batch, tokens, (q_heads, kv_heads) in product((16, 64, 128), (2048, 4096, 16384), ((32, 8), (32, 32), (8, 1), (64, 8))):
+        op = DecodeAttention(batch, q_heads, kv_heads, 128, batch * tokens * kv_heads, tokens, 512, "bf16")
+        if op.kv_slots * op.slot_bytes >= GIB:
+            rates.append(op.kv_slots * op.slot_bytes / profile.answer(op).seconds)
+    assert len(rates) > 15 and least < min(rates) and max(rates) < most
 
 
 def test_fallbacks_come_in_order_and_widen() -> None:

@@ -146,7 +146,9 @@ class Decoder:
                 outputs.append(self._prefill(sequence, index, q[rows], k[rows], v[rows]))
             return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-        hidden = self.transformer.hidden(torch.cat(tokens), torch.cat(positions), attend)
+        flat = torch.cat(tokens), torch.cat(positions)
+        mark("step")
+        hidden = self.transformer.hidden(*flat, attend)
         last, ended, end = self._finish_decodes(decodes), [], number
         for sequence, part in chunks:
             end += len(part)

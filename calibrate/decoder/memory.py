@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from kvsim.calibrate.decoder.heap import give_back_pages
+
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RESET_PEAK = "5"
 """Sets the resident set's high-water mark back (Linux, proc(5))."""
@@ -31,6 +33,7 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
+        give_back_pages()
         try:
             _CLEAR.write_text(_RESET_PEAK)
             self._reset = True

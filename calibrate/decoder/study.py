@@ -32,7 +32,7 @@ STEP = "step"
 NO_MEMORY, REFUSED = "out of memory", "refused"
 FIT, DECODE = "largest batch", "decode step"
 """Kinds of cases; the first is also the status of its row."""
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 """Of what the rows of a case hold."""
 FIT_STEPS = 8
 """Decoded by the largest batch: enough for a share of the sequences to take further blocks."""
