@@ -99,11 +99,11 @@ def fleet_groups(scenario: Scenario) -> Iterator[Group]:
 
 def _check_front_ends(groups: tuple[Group, ...]) -> None:
     """One front end stands before the router, and so before all replicas."""
-    delay_s = groups[0].deployment.engine.front_end_s
+    delay_s = groups[0].deployment.engine.front_end_delay_s
     for group in groups:
-        if group.deployment.engine.front_end_s != delay_s:
+        if group.deployment.engine.front_end_delay_s != delay_s:
             raise InputError(
-                f"{group.field}.engine.front_end_s", group.deployment.engine.front_end_s,
+                f"{group.field}.engine.front_end_s", group.deployment.engine.front_end_delay_s,
                 f"must be {delay_s:g} as in the first group: one front end stands before the fleet's router",
                 "give all groups the same",
             )  # fmt: skip
@@ -220,7 +220,7 @@ def run_policy(
     deployment and plan has worked out its prices.
     """
     source = build_source(scenario.workload, scenario.base_dir) if source is None else source
-    delay_s = deployment.engine.front_end_s  # of a fleet too: it stands before the router
+    delay_s = deployment.engine.front_end_delay_s  # of a fleet too: it stands before the router
     source = FrontEnd(source, ps(delay_s)) if delay_s else source
     groups = list(zip(deployment.groups, group_plans(scenario, deployment, name, plan), strict=True))
     if sum(group.replicas for group, _ in groups) > 1:

@@ -63,6 +63,8 @@ def other_value(engine: type[Engine], name: str) -> Any:
         return not field.default
     if isinstance(field.default, float):
         return field.default / 2
+    if name == "front_end_s":
+        return 1.0
     return 65536 if field.default is None else field.default * 2
 
 

@@ -168,7 +168,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"fleet": [{}, {"tensor_parallel": 3}]}, ("fleet[1].tensor_parallel=3 must divide",)),
     (
         {"fleet": [{}, {"engine": {"kind": "vllm_v1", "front_end_s": 0.01}}]},
-        ("fleet[1].engine.front_end_s=0.01 must be 0 as in the first group", "give all groups the same"),
+        ("fleet[1].engine.front_end_s=0.01 must be 0.005 as in the first group", "give all groups the same"),
     ),
     ({"fleet": [{"replicas": 2}], "replicas": 3}, ("replicas=3 must not be given beside fleet", "leave one of them out")),
     (

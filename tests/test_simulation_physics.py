@@ -53,7 +53,7 @@ def make(workload: Any, *policies: dict[str, Any], engine: str = "vllm_v1", fold
     for key in ("gpu", "model", "weight_dtype", "tensor_parallel"):
         if key in fields:
             scenario[key] = fields.pop(key)
-    return parse_scenario({**scenario, "engine": {"kind": engine, **fields}}, folder)
+    return parse_scenario({**scenario, "engine": {"kind": engine, "front_end_s": 0, **fields}}, folder)
 
 
 def run(*args: Any, **kwargs: Any) -> PolicyResult:

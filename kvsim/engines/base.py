@@ -31,6 +31,11 @@ ACTIVATIONS = "activation peak"
 """Name of the ledger line that policies' buffers share."""
 
 
+FRONT_END_S = 0.005
+"""Of a server. Fitted on the `calibrate` groups of serving on H100s (`kvsim validate silicon`) under vLLM, TensorRT-LLM and SGLang at
+once: 2 to 7 ms do alike, 1 and 10 ms are worse for one of them."""
+
+
 class MemoryLine(NamedTuple):
     """A line of the memory ledger: bytes per GPU. outside: taken from what gpu_memory_utilization leaves."""
 
@@ -50,9 +55,10 @@ class Engine(Frozen):
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of GPU memory the engine may use")
     enforce_eager: bool = Field(False, description="no CUDA graphs: every kernel is launched from the host")
-    front_end_s: Number = Field(
-        0.0, ge=0, le=60,
-        description="from a request's sending until the scheduler can see it: HTTP, tokenisation, queues between processes",
+    front_end_s: Number | None = Field(
+        None, ge=0, le=60,
+        description="from a request's sending until the scheduler can see it: HTTP, tokenisation, queues between processes; default: "
+        f"{FRONT_END_S:g} before a server, 0 before what a program calls (huggingface, flexgen, torch_decoder)",
     )  # fmt: skip
     policy_stream: Literal["inline", "side"] = Field(
         "inline", description="where prompts are compressed: in the step, or on a side stream that shares HBM bandwidth"
@@ -63,6 +69,8 @@ class Engine(Frozen):
 
     kernels: ClassVar[str] = "vllm"
     """Whose kernels it launches, as measured profiles name them."""
+    serves: ClassVar[bool] = False
+    """Requests come over HTTP, through a front end in a process of its own."""
     command: ClassVar[str] = ""
     """What starts a server, the model's path after it; "" where there is none."""
     stock_kv_dtypes: ClassVar[tuple[str, ...]] = ("auto",)
@@ -85,6 +93,11 @@ class Engine(Frozen):
     """Weights or cache may live outside the GPU: `kvsim.offload` says what its steps cost."""
     capture_sizes: ClassVar[tuple[int, ...]] = ()
     """Batch sizes captured as CUDA graphs, ascending; a batch is padded to the next one."""
+
+    @property
+    def front_end_delay_s(self) -> float:
+        """front_end_s, or the engine's default."""
+        return (FRONT_END_S if self.serves else 0.0) if self.front_end_s is None else self.front_end_s
 
     @property
     def block_tokens(self) -> int:

@@ -82,6 +82,7 @@ class SgLang(Engine):
     mixes_attention: ClassVar[bool] = False
     command: ClassVar[str] = "python -m sglang.launch_server --model-path"
     stock_kv_dtypes: ClassVar[tuple[str, ...]] = ("auto", "bf16", "fp16", "fp8")
+    serves: ClassVar[bool] = True
     kernels: ClassVar[str] = "sglang"
 
     @property

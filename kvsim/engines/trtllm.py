@@ -62,6 +62,7 @@ class TensorRtLlm(Engine):
     """`invokeShiftKCache` of its attention operator, which reads the cached keys and writes rotated ones beside them."""
     command: ClassVar[str] = "trtllm-serve"
     stock_kv_dtypes: ClassVar[tuple[str, ...]] = ("auto", "bf16", "fp16", "fp8")
+    serves: ClassVar[bool] = True
     kernels: ClassVar[str] = "trtllm"
 
     @property

@@ -43,6 +43,7 @@ class VllmV0(Engine):
     preemption: Literal["recompute", "swap"] = Field("recompute", description="what a sequence that must leave loses")
     swap_space_gib: float = Field(4.0, ge=0, description="host memory for swapped blocks; recompute where it is full")
 
+    serves: ClassVar[bool] = True
     command: ClassVar[str] = "vllm serve"
     stock_kv_dtypes: ClassVar[tuple[str, ...]] = STOCK_KV_DTYPES
     capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 257, 8))

@@ -54,6 +54,7 @@ class VllmV1(Engine):
         "False: schedule and prepare, then the device, then process outputs",
     )
 
+    serves: ClassVar[bool] = True
     command: ClassVar[str] = "vllm serve"
     stock_kv_dtypes: ClassVar[tuple[str, ...]] = STOCK_KV_DTYPES
     # vLLM captures 1, 2, 4, then every 8 up to 256 and every 16 up to 512 (vllm/config: cudagraph_capture_sizes).

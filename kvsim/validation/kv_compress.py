@@ -81,7 +81,7 @@ def scenario(setup: str, ratio: float, prompt_tokens: int, cap: int | None = Non
         "gpu": s["gpu"], "model": s["model"], "weight_dtype": s["weight_dtype"], "policies": {"p": policies},
         "engine": {
             "kind": "vllm_v0", "gpu_memory_utilization": s["share"], "max_model_len": s["max_len"], "block_size_tokens": 16,
-            "enforce_eager": True, "per_head_kv": True, **({"max_num_seqs": cap} if cap else {}),
+            "enforce_eager": True, "per_head_kv": True, "front_end_s": 0, **({"max_num_seqs": cap} if cap else {}),
         },
         "workload": at_once(256, fixed(prompt_tokens, OUTPUT_TOKENS)),
     }  # fmt: skip

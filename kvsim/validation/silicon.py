@@ -42,8 +42,6 @@ PROTOCOLS = {
     # concurrency. On the calibrate groups that beats 2,048 and 8,192 tokens under vLLM and 8,192 under TensorRT-LLM.
     "NVIDIA-sweep": Protocol(10, 0.0, 1500, "its evaluation tool: 10 x concurrency requests of fixed lengths, all clients at once"),
 }
-FRONT_END_S = 0.005
-"""Fitted on the calibrate groups of all three engines at once: 2 to 7 ms do alike (1 and 10 ms are worse for one of them)."""
 ENGINES: dict[str, dict[str, Any]] = {
     # 0.12 and before: asynchronous scheduling became the default in 0.14. 8,192 batched tokens is the server's default on H100.
     "vllm": {"kind": "vllm_v1", "async_scheduling": False, "max_num_batched_tokens": 8192},
@@ -80,7 +78,6 @@ def _case(row: dict[str, str], group: str, kv_dtype: str) -> Case:
     clients, prompt, output = (int(float(row[c])) for c in ("concurrency", "input_tokens", "output_tokens"))
     protocol, model, tp = PROTOCOLS[row["source"]], MODELS[row["model"]], int(row["tp"])
     engine = {**ENGINES[row["engine"]], "max_model_len": max(prompt + output + 64, 2048), "kv_cache_dtype": kv_dtype}
-    engine["front_end_s"] = FRONT_END_S
     if protocol.spare_tokens is not None and row["engine"] in STEP_TOKENS:
         engine[STEP_TOKENS[row["engine"]]] = clients + prompt + protocol.spare_tokens
     if row["engine"] == "vllm":

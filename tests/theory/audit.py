@@ -111,6 +111,7 @@ def run(scenario: Scenario, audited: bool = False) -> PolicyResult:
 def make(base_dir: Path = HERE, **fields: Any) -> Scenario:
     """A scenario of the tiny model on an L4 unless told otherwise; `policy` is one composition."""
     policy = fields.pop("policy", [])
+    fields["engine"] = {"front_end_s": 0, **fields.get("engine", {"kind": "vllm_v1"})}
     return parse_scenario({"gpu": "l4", "model": str(HERE / TINY), "policies": {"policy": policy}, **fields}, base_dir)
 
 

@@ -19,7 +19,7 @@ from kvsim.planning.trial import Trial
 from kvsim.units import PS_PER_S
 
 LENGTHS = {"kind": "fixed", "prompt_tokens": 100, "output_tokens": 5}
-ENGINE = {"kind": "vllm_v1", "max_num_seqs": 1, "max_num_batched_tokens": 128}
+ENGINE = {"kind": "vllm_v1", "front_end_s": 0, "max_num_seqs": 1, "max_num_batched_tokens": 128}
 
 
 def service_s() -> float:
