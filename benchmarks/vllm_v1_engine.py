@@ -1,12 +1,13 @@
 """vLLM 0.12.0's own V1 engine on a CPU, with nothing but its GPU taken out: what `vllm_v1_host.py` times.
 
-Real: EngineCore with its loop and its output thread, Scheduler with prefix caching, UniProcExecutor, WorkerWrapperBase, Worker, GPUModelRunner
-with its persistent batch, FlashAttention metadata builder, dispatcher and wrapper of CUDA graphs, logits, sampler, OutputProcessor with
-detokenizer, statistics. The platform is CudaPlatformBase: whatever asks is told that this is a Hopper GPU, whose device is the CPU.
-Stood in for: the captured graph (replay does nothing; steps with prompts get empty hidden states without running the model), CUDA events
-and streams, `get_scheduler_metadata` of FlashAttention 3 (a C++ operator of the same schema that returns an empty tensor), the copy of the
-block table (one number: on a GPU it is the copy engine's work), device set-up and memory profiling, the cache's memory (never touched),
-checkpoint and tokenizer (written here, as for vLLM 0.6.0).
+Real: EngineCore with its loop and its output thread, Scheduler with prefix caching, UniProcExecutor, WorkerWrapperBase, Worker,
+GPUModelRunner with its persistent batch, FlashAttention metadata builder, dispatcher and wrapper of CUDA graphs, LogitsProcessor, Sampler,
+OutputProcessor with detokenizer, statistics. The platform is CudaPlatformBase: whatever asks is told that this is a Hopper GPU, whose
+device is the CPU. Stood in for: the captured graph (replay does nothing; steps with prompts get empty hidden states without running the
+model), the matrix product of the logits (an empty tensor of its shape), CUDA events and streams, `get_scheduler_metadata` of FlashAttention
+3 (a C++ operator of the same schema that returns an empty tensor), the copy of the block table (one number: on a GPU it is the copy
+engine's work), device set-up and memory profiling, the cache's memory (never touched), checkpoint and tokenizer (written here, as for
+vLLM 0.6.0).
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def stand_in(sources: Path, folder: Path) -> None:
         sys.modules[name] = types.ModuleType(name)
     _replace_platform()
     import vllm._custom_ops as custom_ops
+    import vllm.model_executor.layers.utils as layers
     import vllm.model_executor.models.registry as registry
     import vllm.vllm_flash_attn.flash_attn_interface as flash
     from vllm.config import CompilationConfig
@@ -95,6 +97,7 @@ def stand_in(sources: Path, folder: Path) -> None:
     for name in UNSUPPORTED:
         setattr(custom_ops, name, lambda *_: False)
     registry._run_in_subprocess = lambda function: function()  # a process of its own would not know the platform
+    layers.default_unquantized_gemm = lambda layer, x, weight, bias=None: x.new_empty(len(x), len(weight))
     CompilationConfig.init_backend = lambda *_: "eager"  # never called: the model is not run
     flash.is_fa_version_supported = lambda version, device=None: version in (2, 3)
 
@@ -148,7 +151,8 @@ def make_runner(config: Any) -> Any:
 
         def _allocate_kv_cache_tensors(self, kv_cache_config: Any) -> dict[str, torch.Tensor]:
             """Nobody reads or writes it, so that it takes no memory."""
-            return {name: torch.empty(tensor.size, dtype=torch.int8) for tensor in kv_cache_config.kv_cache_tensors for name in tensor.shared_by}
+            tensors = kv_cache_config.kv_cache_tensors
+            return {name: torch.empty(tensor.size, dtype=torch.int8) for tensor in tensors for name in tensor.shared_by}
 
         def capture(self) -> None:
             """A graph of every decode batch that vLLM would capture."""
