@@ -4,8 +4,8 @@
 
 SOURCES is the wheel of PyPI's vllm 0.12.0, unpacked (`pip download --no-deps vllm==0.12.0`, `unzip`; its shared objects are not needed).
 Run it in an environment of its own with what vLLM's Python imports (any torch that does; transformers below 5, triton, numba, xgrammar
-0.1.27; no GPU is used) and a C++ compiler. What is real and what stands in for a GPU is said in `vllm_v1_engine.py`. Asynchronous scheduling is
-off, as it was by default before 0.14. Prompts are prefilled and 100 tokens decoded before timing.
+0.1.27; no GPU is used) and a C++ compiler. What is real and what stands in for a GPU is said in `vllm_v1_engine.py`. Asynchronous
+scheduling is off, as it was by default before 0.14. Prompts are prefilled and 100 tokens decoded before timing.
 
 Parts of a round of the engine's loop, which add up to it: schedule (`Scheduler.schedule`), prepare (from there to the model's forward:
 persistent batch, inputs, dispatch, attention metadata, as for FlashAttention 2), launch_greedy (from there to the wait for sampled tokens:
@@ -13,19 +13,22 @@ replay, logits, sampler at temperature 0, as `vllm bench serve` asks), sample (f
 process (`Scheduler.update_from_output`, statistics, output queue). prepare_fa3 and launch_random stand for prepare with the metadata of
 FlashAttention 3 and the launch at temperature 1.
 
-Beside the loop: encode (the output thread of the same process: msgpack, socket), frontend (the server's process: socket, msgpack, detokenizer,
-a RequestOutput of the new token for every sequence) and frontend_stats (its loggers); new_request (what a step costs on top that admits a
-request, its launches aside) and new_request_input (the engine's input thread for it: msgpack, hashes of the prompt's blocks).
+Beside the loop: encode (the output thread of the same process: msgpack, socket), frontend (the server's process: socket, msgpack,
+detokenizer, a RequestOutput of the new token for every sequence), frontend_stats (its loggers) and frontend_json (the text of an event for
+every sequence); new_request (what a step costs on top that admits a request, its launches aside) and new_request_input (the engine's input
+thread for it: msgpack, hashes of the prompt's blocks).
 wall_alone and wall_encoding: the loop's whole round by the clock on the wall, device's time taken off, without and with the output thread.
 
 Other times are of the thread's processor. It is not alone on its machine, so all cases are run several times over: a row is the quietest
 round's, slowest_us the median of the slowest. Left out: the CUDA runtime's launches and copies (--launches lists the operators that would
-launch one, by part), HTTP and JSON of the server.
+launch one, by part), asyncio and HTTP of the server.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import queue
 import tempfile
 import threading
 import time
@@ -38,13 +41,14 @@ from typing import Any
 
 import numpy as np
 from host_timing import as_row, quietest, write
-from vllm_v0_engine import TINY_VOCAB
-from vllm_v1_engine import OUTPUT_PATH, VERSION, make_engine, stand_in, waits
+from vllm_v0_engine import TOKENIZER_VOCAB
+from vllm_v1_engine import OUTPUT_PATH, VERSION, Graph, make_engine, stand_in, waits
 
 BATCHES, PROMPT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (256, 1024, 4096)
 WARM_STEPS, WALL_STEPS, NEW_REQUESTS, MAX_TOKENS = 100, 40, 20, 2000
-DEVICE_S = 0.003
-"""What the device takes where time is told by the clock on the wall: enough for the output thread to end."""
+SPIN_ITERATIONS = 5000
+"""Of a hash that keeps the processor busy without Python's lock for some 2 ms, as waiting for a CUDA event does: where time is told by the
+clock on the wall. Long enough for the output thread to end."""
 ENGINE = f"vLLM {VERSION} (PyPI wheel, V1 engine, synchronous scheduling)"
 LOOP = ("schedule", "prepare", "launch", "sample", "process")
 
@@ -87,6 +91,7 @@ class Server:
     def __init__(self, core: Any, config: Any, folder: Path) -> None:
         import zmq
         from transformers import AutoTokenizer
+        from vllm.entrypoints.openai.protocol import CompletionResponseStreamChoice, CompletionStreamResponse
         from vllm.utils.network_utils import make_zmq_socket
         from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
         from vllm.v1.engine.output_processor import OutputProcessor
@@ -102,9 +107,10 @@ class Server:
         thread.start()
         assert thread.ident is not None
         self.output_clock = time.pthread_getcpuclockid(thread.ident)
-        self.decoder, self.request_decoder, self.encoder = MsgpackDecoder(EngineCoreOutputs), MsgpackDecoder(EngineCoreRequest), MsgpackEncoder()
+        self.decoder, self.encoder = MsgpackDecoder(EngineCoreOutputs), MsgpackEncoder()
+        self.request_decoder = MsgpackDecoder(EngineCoreRequest)
         self.processor = OutputProcessor(AutoTokenizer.from_pretrained(folder), log_stats=True)
-        self.loggers = StatLoggerManager(config)
+        self.loggers, self.choice, self.response = StatLoggerManager(config), CompletionResponseStreamChoice, CompletionStreamResponse
         self.queues: dict[str, Any] = {}
 
     def add(self, prompt_tokens: int) -> float:
@@ -116,7 +122,7 @@ class Server:
         self.num_requests += 1
         name = f"cmpl-{self.num_requests:032x}-0"
         params = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=MAX_TOKENS, output_kind=RequestOutputKind.DELTA)
-        prompt = self.rng.integers(TINY_VOCAB, size=prompt_tokens).tolist()
+        prompt = self.rng.integers(TOKENIZER_VOCAB, size=prompt_tokens).tolist()
         request = EngineCoreRequest(name, prompt, None, params, None, None, time.time(), None, None, None)
         self.queues[name] = RequestOutputCollector(RequestOutputKind.DELTA)
         self.processor.add_request(request, None, None, 0, self.queues[name])
@@ -139,15 +145,17 @@ class Server:
         marks.mark()
         self.core.one_round()
         marks.mark()
-        if len(marks.times) < len(LOOP):  # nothing was left to run
+        if len(marks.times) <= len(LOOP):  # nothing was left to run
+            while self.socket.poll(20):
+                self.socket.recv_multipart()
             return {}
         times = marks.parts()
-        times["frontend"], times["frontend_stats"] = self.receive()
+        times["frontend"], times["frontend_stats"], times["frontend_json"] = self.receive()
         times["encode"] = (time.clock_gettime_ns(self.output_clock) - before) / 1e3
         return times
 
-    def receive(self) -> tuple[float, float]:
-        """As AsyncLLM's output handler: microseconds up to the RequestOutputs, and of the loggers."""
+    def receive(self) -> tuple[float, float, float]:
+        """As AsyncLLM's output handler: microseconds up to the RequestOutputs, of the loggers, and of the answers' JSON."""
         from vllm.v1.metrics.stats import IterationStats
 
         start = thread_time_ns()
@@ -161,31 +169,37 @@ class Server:
         processed = thread_time_ns()
         self.loggers.record(scheduler_stats=outputs.scheduler_stats, iteration_stats=stats)
         recorded = thread_time_ns()
-        for collector in self.queues.values():
-            collector.get_nowait()
-        return (processed - start) / 1e3, (recorded - processed) / 1e3
+        ready = [output for collector in self.queues.values() if (output := collector.get_nowait())]
+        answered = thread_time_ns()
+        for output in ready:
+            self.answer(output)
+        return (processed - start) / 1e3, (recorded - processed) / 1e3, (thread_time_ns() - answered) / 1e3
+
+    def answer(self, output: Any) -> str:
+        """As OpenAIServingCompletion streams a token."""
+        choice = self.choice(index=0, text=output.outputs[0].text, logprobs=None, finish_reason=None, stop_reason=None)
+        chunk = self.response(id=output.request_id, created=0, model="model", choices=[choice])
+        return f"data: {chunk.model_dump_json(exclude_unset=False)}\n\n"
 
     def wall(self, num_steps: int, encoding: bool) -> list[float]:
         """Microseconds of rounds, what the device takes taken off; encoding: with the output thread, which reads the queue."""
-        import queue
+        own_queue, waited = self.core.output_queue, [0]
 
-        own_queue, asleep = self.core.output_queue, [0]
-
-        def sleep() -> None:
+        def spin() -> None:
             start = time.perf_counter_ns()
-            time.sleep(DEVICE_S)
-            asleep[0] += time.perf_counter_ns() - start
+            hashlib.pbkdf2_hmac("sha256", b"", b"", SPIN_ITERATIONS)
+            waited[0] += time.perf_counter_ns() - start
 
-        waits.append(sleep)
+        waits.append(spin)
         if not encoding:
             self.core.output_queue = queue.Queue()
         found = []
         for _ in range(num_steps):
-            asleep[0], start = 0, time.perf_counter_ns()
+            waited[0], start = 0, time.perf_counter_ns()
             self.core.one_round()
-            found.append((time.perf_counter_ns() - start - asleep[0]) / 1e3)
+            found.append((time.perf_counter_ns() - start - waited[0]) / 1e3)
         self.core.output_queue = own_queue
-        waits.remove(sleep)
+        waits.remove(spin)
         for _ in range(num_steps if encoding else 0):
             self.receive()
         return found
@@ -214,6 +228,7 @@ def measure(server: Server, batch: int, prompt_tokens: int, num_steps: int) -> l
     times: dict[str, list[float]] = defaultdict(list)
     random = server.runner.input_batch.sampling_metadata
     assert random.all_random
+    num_replays = Graph.num_replays
     for index in range(num_steps):
         greedy, flash_3 = index % 2 == 0, index // 2 % 2 == 1
         server.choose(greedy, flash_3, random)
@@ -222,19 +237,18 @@ def measure(server: Server, batch: int, prompt_tokens: int, num_steps: int) -> l
         times["launch_greedy" if greedy else "launch_random"].append(spent.pop("launch"))
         for name, us in spent.items():
             times[name].append(us)
+    assert Graph.num_replays == num_replays + num_steps
     server.choose(True, False, random)
-    for _ in range(2):  # in turns, so that both see the same noise
-        times["wall_alone"] += server.wall(WALL_STEPS // 2, False)
-        times["wall_encoding"] += server.wall(WALL_STEPS // 2, True)
+    for _ in range(WALL_STEPS // 5):  # in turns, so that both see the same noise
+        times["wall_alone"] += server.wall(5, False)
+        times["wall_encoding"] += server.wall(5, True)
     server.choose(False, False, random)
-    usual = sum(np.median(times[part]) for part in ("schedule", "prepare", "sample", "process"))
     for _ in range(NEW_REQUESTS):
         server.abort([next(iter(server.queues))])
         server.step()
         times["new_request_input"].append(server.add(prompt_tokens))
-        spent = server.step()
-        times["new_request"].append(sum(spent[part] for part in LOOP if part != "launch") - usual)
-        server.step()
+        admitting, usual = (sum(us for part, us in server.step().items() if part in LOOP and part != "launch") for _ in range(2))
+        times["new_request"].append(admitting - usual)
     assert len(server.core.scheduler.running) == batch
     server.abort(list(server.queues))
     server.step()
