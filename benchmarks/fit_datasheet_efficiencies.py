@@ -46,6 +46,7 @@ EAGER_SOURCE = (
     f"nothing, measured beside the parts, plus {host_rows.KERNELS_PER_LAYER} kernels of {host_rows.CUDA_LAUNCH_US} us in the CUDA runtime "
     "(NVIDIA's blog on CUDA graphs, V100)"
 )
+AS_V1 = "assumed: as vLLM V1 was, before it was measured"
 TRTLLM_SOURCE = "fitted: sum of parts, TPOT of TensorRT-LLM 1.0 (Llama-3.1-8B on 2 and 8 H100s, calibrate groups)"
 VIDUR_COLUMNS = ("schedule_median_ms", "prepare_inputs_e2e_median_ms", "model_execution_launch_median_ms",
                  "sampler_e2e_median_ms", "process_model_outputs_median_ms")  # fmt: skip
@@ -93,10 +94,10 @@ CHOSEN = {
     "host.vllm_v1.compiled_launch.base_us": (0.0, "assumed: cost is per launch"),
     "host.vllm_v1.compiled_launch.per_sequence_us": (
         10.0, "assumed: batch = number of launches of torch.compile's code, where no graph was captured; bare PyTorch takes 5-10 us"),
-    "host.trtllm.schedule.base_us": (150.0, "assumed: as vLLM V1, most of it in C++"),
-    "host.trtllm.schedule.per_sequence_us": (2.0, "assumed: as vLLM V1, most of it in C++"),
-    "host.trtllm.prepare.base_us": (350.0, "assumed: as vLLM V1"),
-    "host.trtllm.prepare.per_sequence_us": (2.0, "assumed: as vLLM V1"),
+    "host.trtllm.schedule.base_us": (150.0, f"{AS_V1}, most of it in C++"),
+    "host.trtllm.schedule.per_sequence_us": (2.0, f"{AS_V1}, most of it in C++"),
+    "host.trtllm.prepare.base_us": (350.0, AS_V1),
+    "host.trtllm.prepare.per_sequence_us": (2.0, AS_V1),
     "host.trtllm.launch.base_us": (150.0, "assumed: replay of a captured graph"),
     "host.trtllm.launch.per_sequence_us": (0.0, "assumed: replay of a captured graph"),
     "host.trtllm.process.base_us": (1950.0, f"{TRTLLM_SOURCE}: responses in Python"),
@@ -104,14 +105,14 @@ CHOSEN = {
     "host.trtllm.eager_launch.base_us": (0.0, "assumed: as vLLM"),
     "host.trtllm.eager_launch.per_sequence_us": (
         50.0, "fitted: batch = number of launches; the same groups, where a prompt of 1,024 tokens stops decodes for 20 ms"),
-    "host.sglang.schedule.base_us": (150.0, "assumed: as vLLM V1"),
-    "host.sglang.schedule.per_sequence_us": (2.0, "assumed: as vLLM V1"),
-    "host.sglang.prepare.base_us": (350.0, "assumed: as vLLM V1"),
-    "host.sglang.prepare.per_sequence_us": (2.0, "assumed: as vLLM V1"),
+    "host.sglang.schedule.base_us": (150.0, AS_V1),
+    "host.sglang.schedule.per_sequence_us": (2.0, AS_V1),
+    "host.sglang.prepare.base_us": (350.0, AS_V1),
+    "host.sglang.prepare.per_sequence_us": (2.0, AS_V1),
     "host.sglang.launch.base_us": (150.0, "assumed: replay of a captured graph"),
     "host.sglang.launch.per_sequence_us": (0.0, "assumed: replay of a captured graph"),
-    "host.sglang.process.base_us": (150.0, "assumed: as vLLM V1"),
-    "host.sglang.process.per_sequence_us": (2.0, "assumed: as vLLM V1"),
+    "host.sglang.process.base_us": (150.0, AS_V1),
+    "host.sglang.process.per_sequence_us": (2.0, AS_V1),
     "host.torch_decoder.step.base_us": (500.0, "assumed: a step of kvsim's own decoder in Python, beside its kernels' launches"),
     "host.torch_decoder.step.per_sequence_us": (20.0, "assumed: as above"),
     "host.torch_decoder.eager_launch.base_us": (0.0, "assumed: cost is per launch"),
@@ -495,6 +496,13 @@ def host_biases(book: Book) -> None:
               "assumed: half to twice; no launch of this engine was timed on a GPU")  # fmt: skip
 
 
+def choose(book: Book, start: str = "") -> None:
+    """Enters what is CHOSEN; start: of the names to enter."""
+    for name, (value, source) in CHOSEN.items():
+        if name.startswith(start):
+            book.value(name, value, source)
+
+
 def assumed_biases(study: Study) -> None:
     book, widened = study.book, "assumed: no such units on this GPU, weights widened on the fly like int4's"
     for size in SIZES:
@@ -535,8 +543,7 @@ def fit_all(study: Study, measured: Path) -> None:
         "copy", "hbm", normal_bias(0.1), "datasheet: bandwidth, efficiency of large additions, error rounded up"
     )
     assumed_biases(study)
-    for name, (value, source) in CHOSEN.items():
-        study.book.value(name, value, source)
+    choose(study.book)
     missing = set(all_classes()) - set(study.book.biases)
     assert not missing, missing
 
@@ -566,6 +573,7 @@ def main() -> int:
         study.book = Book.packaged()
         study.fit_host(read_csv(options.measured / "step_cpu_overheads.csv"))
         host_biases(study.book)
+        choose(study.book, "host.")
     else:
         fit_all(study, options.measured)
     if not options.check:

@@ -22,7 +22,17 @@ def as_row(part: str, batch: int, context_tokens: int, values: list[float]) -> d
 def quietest(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Of the same case and part."""
     medians = [row["median_us"] for row in rounds]
-    return {**rounds[medians.index(min(medians))], "slowest_us": max(medians)}
+    return {**rounds[medians.index(min(medians))], "slowest_us": max(row.get("slowest_us", row["median_us"]) for row in rounds)}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows that `write` wrote."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(line for line in file if not line.startswith("#"))
+        counts = ("batch", "context_tokens", "num_steps")
+        return [
+            {name: text if name == "part" else int(text) if name in counts else float(text) for name, text in row.items()} for row in rows
+        ]
 
 
 def processor() -> str:

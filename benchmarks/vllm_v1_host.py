@@ -1,6 +1,6 @@
 """Times the host work of a decode step of vLLM 0.12.0's V1 engine, part by part, with its own Python code on a CPU.
 
-    python benchmarks/vllm_v1_host.py SOURCES [--out benchmarks/results/vllm_v1_host.csv] [--steps 160] [--rounds 3] [--launches]
+    python benchmarks/vllm_v1_host.py SOURCES [--out benchmarks/results/vllm_v1_host.csv] [--steps 160] [--rounds 3] [--more] [--launches]
 
 SOURCES is the wheel of PyPI's vllm 0.12.0, unpacked (`pip download --no-deps vllm==0.12.0`, `unzip`; its shared objects are not needed).
 Run it in an environment of its own with what vLLM's Python imports (any torch that does; transformers below 5, triton, numba, xgrammar
@@ -40,7 +40,7 @@ from time import thread_time_ns
 from typing import Any
 
 import numpy as np
-from host_timing import as_row, quietest, write
+from host_timing import as_row, quietest, read, write
 from vllm_v0_engine import TOKENIZER_VOCAB
 from vllm_v1_engine import OUTPUT_PATH, VERSION, Graph, make_engine, stand_in, waits
 
@@ -284,9 +284,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "vllm_v1_host.csv")
     parser.add_argument("--steps", type=int, default=160, help="timed steps of each case")
     parser.add_argument("--rounds", type=int, default=3, help="times that all cases are run over")
+    parser.add_argument("--more", action="store_true", help="take the rows of --out for one more round, of a noisier hour say")
     parser.add_argument("--launches", action="store_true", help="list the operators of a step instead")
     options = parser.parse_args()
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in read(options.out) if options.more else ():
+        found[row["part"], row["batch"], row["context_tokens"]].append(row)
     with tempfile.TemporaryDirectory() as folder:
         stand_in(options.sources, Path(folder))
         server = Server(*make_engine(Path(folder)), Path(folder))
