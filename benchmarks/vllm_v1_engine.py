@@ -90,7 +90,7 @@ def stand_in(sources: Path, folder: Path) -> None:
     from torch.utils.cpp_extension import load
 
     torch.set_num_threads(1)
-    torch.Event, torch.cuda.Stream = Event, Stream
+    torch.Event, torch.cuda.Stream = Event, Stream  # type: ignore[assignment, misc]
     source = folder / "no_ops.cpp"
     source.write_text(NO_OPS, encoding="utf-8")
     load("no_ops", [str(source)], build_directory=str(folder), is_python_module=False)
