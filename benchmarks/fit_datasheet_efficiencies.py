@@ -3,7 +3,7 @@
     python benchmarks/fit_datasheet_efficiencies.py [--measured ../shared/measured] [--check] [--host-only]
 
 The measured rows (README there: sources and licences) are not part of the project; only the fits are, but for the host work of vLLM's
-V0 engine (benchmarks/results/): --host-only fits that anew and leaves the rest of the file as it is. The formulas are
+engines (benchmarks/results/): --host-only fits that anew and leaves the rest of the file as it is. The formulas are
 those of `kvsim.datasheet`: each trial builds a DatasheetProfile and asks it. Per kind: fit every GPU by itself, take
 the median over GPUs (the packaged numbers), and predict each GPU from the median of the others (the packaged errors).
 """
@@ -41,18 +41,12 @@ MIN_SIGMA, ASSUMED_SIGMA = 0.05, 0.35
 
 HOST_SIGMA = 0.35
 """A host may be twice as fast or as slow as the one measured: 1.96 standard deviations."""
-HOST_PARTS = {
-    "schedule": "Scheduler.schedule",
-    "prepare": "input builder, attention and sampling metadata",
-    "launch": "executor, worker, and the sampler up to where it waits",
-    "sample": "tokens and log-probabilities as Python objects",
-    "process": "stop checks, detokenizer, RequestOutputs, statistics",
-}
 EAGER_SOURCE = (
     "fitted: batch = number of launches, of which kvsim counts 9 a layer; Python and dispatcher of a LlamaDecoderLayer whose kernels do "
     f"nothing, measured beside the parts, plus {host_rows.KERNELS_PER_LAYER} kernels of {host_rows.CUDA_LAUNCH_US} us in the CUDA runtime "
     "(NVIDIA's blog on CUDA graphs, V100)"
 )
+AS_V1 = "assumed: as vLLM V1 was, before it was measured"
 TRTLLM_SOURCE = "fitted: sum of parts, TPOT of TensorRT-LLM 1.0 (Llama-3.1-8B on 2 and 8 H100s, calibrate groups)"
 VIDUR_COLUMNS = ("schedule_median_ms", "prepare_inputs_e2e_median_ms", "model_execution_launch_median_ms",
                  "sampler_e2e_median_ms", "process_model_outputs_median_ms")  # fmt: skip
@@ -95,16 +89,6 @@ CHOSEN = {
     "policy.load_cycles": (265.0, "fitted: latency of the L2 cache, 261-273 cycles on A100, H100 and RTX 4090 (arXiv 2402.13499)"),
     "copy.launch_us": (5.0, "assumed: one cudaMemcpyAsync"),
     "copy.host_frac": (0.85, "assumed: pinned memory over PCIe (about 26 of 31.5 GB/s on gen 4, 55 of 63 on gen 5)"),
-    "host.vllm_v1.schedule.base_us": (200.0, "assumed: scheduler of vLLM V1 in one Python process, no Ray"),
-    "host.vllm_v1.schedule.per_sequence_us": (4.0, "assumed: half of the measured vllm_v0 schedule"),
-    "host.vllm_v1.prepare.base_us": (350.0, "assumed: persistent batch, numpy updates instead of rebuilt tensors"),
-    "host.vllm_v1.prepare.per_sequence_us": (1.5, "assumed: as above"),
-    "host.vllm_v1.launch.base_us": (150.0, "assumed: replay of a captured graph, piecewise"),
-    "host.vllm_v1.launch.per_sequence_us": (0.0, "assumed: as above"),
-    "host.vllm_v1.sample.base_us": (150.0, "assumed: sampler on the GPU, launches only"),
-    "host.vllm_v1.sample.per_sequence_us": (0.5, "assumed: as above"),
-    "host.vllm_v1.process.base_us": (150.0, "assumed: detokenisation runs in another process"),
-    "host.vllm_v1.process.per_sequence_us": (3.0, "assumed: as above"),
     "host.vllm_v0.torch_call.base_us": (0.0, "assumed: cost is per call"),
     "host.vllm_v0.torch_call.per_sequence_us": (10.0, "assumed: batch = number of calls; bare PyTorch takes 5-10 us a launch"),
     "host.vllm_v0.sync.base_us": (0.0, "assumed: cost is per wait"),
@@ -113,10 +97,10 @@ CHOSEN = {
     "host.vllm_v1.compiled_launch.base_us": (0.0, "assumed: cost is per launch"),
     "host.vllm_v1.compiled_launch.per_sequence_us": (
         10.0, "assumed: batch = number of launches of torch.compile's code, where no graph was captured; bare PyTorch takes 5-10 us"),
-    "host.trtllm.schedule.base_us": (150.0, "assumed: as vLLM V1, most of it in C++"),
-    "host.trtllm.schedule.per_sequence_us": (2.0, "assumed: as vLLM V1, most of it in C++"),
-    "host.trtllm.prepare.base_us": (350.0, "assumed: as vLLM V1"),
-    "host.trtllm.prepare.per_sequence_us": (2.0, "assumed: as vLLM V1"),
+    "host.trtllm.schedule.base_us": (150.0, f"{AS_V1}, most of it in C++"),
+    "host.trtllm.schedule.per_sequence_us": (2.0, f"{AS_V1}, most of it in C++"),
+    "host.trtllm.prepare.base_us": (350.0, AS_V1),
+    "host.trtllm.prepare.per_sequence_us": (2.0, AS_V1),
     "host.trtllm.launch.base_us": (150.0, "assumed: replay of a captured graph"),
     "host.trtllm.launch.per_sequence_us": (0.0, "assumed: replay of a captured graph"),
     "host.trtllm.process.base_us": (1950.0, f"{TRTLLM_SOURCE}: responses in Python"),
@@ -124,14 +108,14 @@ CHOSEN = {
     "host.trtllm.eager_launch.base_us": (0.0, "assumed: as vLLM"),
     "host.trtllm.eager_launch.per_sequence_us": (
         50.0, "fitted: batch = number of launches; the same groups, where a prompt of 1,024 tokens stops decodes for 20 ms"),
-    "host.sglang.schedule.base_us": (150.0, "assumed: as vLLM V1"),
-    "host.sglang.schedule.per_sequence_us": (2.0, "assumed: as vLLM V1"),
-    "host.sglang.prepare.base_us": (350.0, "assumed: as vLLM V1"),
-    "host.sglang.prepare.per_sequence_us": (2.0, "assumed: as vLLM V1"),
+    "host.sglang.schedule.base_us": (150.0, AS_V1),
+    "host.sglang.schedule.per_sequence_us": (2.0, AS_V1),
+    "host.sglang.prepare.base_us": (350.0, AS_V1),
+    "host.sglang.prepare.per_sequence_us": (2.0, AS_V1),
     "host.sglang.launch.base_us": (150.0, "assumed: replay of a captured graph"),
     "host.sglang.launch.per_sequence_us": (0.0, "assumed: replay of a captured graph"),
-    "host.sglang.process.base_us": (150.0, "assumed: as vLLM V1"),
-    "host.sglang.process.per_sequence_us": (2.0, "assumed: as vLLM V1"),
+    "host.sglang.process.base_us": (150.0, AS_V1),
+    "host.sglang.process.per_sequence_us": (2.0, AS_V1),
     "host.torch_decoder.step.base_us": (500.0, "assumed: a step of kvsim's own decoder in Python, beside its kernels' launches"),
     "host.torch_decoder.step.per_sequence_us": (20.0, "assumed: as above"),
     "host.torch_decoder.eager_launch.base_us": (0.0, "assumed: cost is per launch"),
@@ -453,44 +437,52 @@ class Study:
         self.book.value("collective.pcie.per_doubling_us", 0.1 * eager_us, "assumed: measured at 4 GPUs only")
 
     def fit_host(self, table: Sequence[Mapping[str, str]]) -> None:
-        """vLLM 0.6.0's own Python (host_rows.py); vidur's rows of a fork of 2024 are the second witness, its Ray time left out."""
-        rows = host_rows.read_rows()
-        batch, times = host_rows.measured(rows)
-        lines = host_rows.fit_lines(batch, times)
-        source = (
-            f"fitted: line over {len(batch)} cases of vLLM 0.6.0's own Python, eager, on a CPU (benchmarks/results/{host_rows.PATH.name}): "
-        )
-        for part, line in lines.items():
-            calls = host_rows.CUDA_CALLS.get(part)
-            added = f"; {calls} CUDA calls of {host_rows.CUDA_LAUNCH_US} us added" if calls else ""
-            self.book.value(f"host.vllm_v0.{part}.base_us", line.base_us, source + HOST_PARTS[part] + added)
-            self.book.value(f"host.vllm_v0.{part}.per_sequence_us", line.per_sequence_us, source + HOST_PARTS[part])
+        """vLLM's own Python (host_rows.py); vidur's rows of a fork of 2024 are V0's other witness, its Ray time left out."""
         single = [row for row in table if row["tp"] == "1"]
         vidur_batch = np.array([float(row["batch"]) for row in single])
         vidur = np.array([sum(float(row[column]) * 1e3 for column in VIDUR_COLUMNS) for row in single])
-
-        def log_ratio(sizes: np.ndarray, total: np.ndarray) -> np.ndarray:
-            return np.log(total / sum(line.at(sizes) for line in lines.values()))
-
-        offline = np.sum(list(host_rows.measured(rows, host_rows.OFFLINE)[1].values()), axis=0)
-        witnesses = {"own": log_ratio(batch, np.sum(list(times.values()), axis=0)), "LLM.generate": log_ratio(batch, offline),
-                     "vidur": log_ratio(vidur_batch, vidur)}  # fmt: skip
-        print(f"\nhost vllm_v0: {lines}")
-        for name, residual in witnesses.items():
-            least, middle, most = np.exp(np.percentile(residual, (0, 50, 100)))
-            print(f"  {name}, times the lines: {least:.2f}-{most:.2f}, median {middle:.2f}")
-        weight = np.concatenate([np.full(len(residual), 1.0 / len(residual)) for residual in witnesses.values()])
-        bias = quadrature(quantiles(np.concatenate(list(witnesses.values())), weight), normal_bias(HOST_SIGMA))
-        self.book.bias("host", "vllm_v0", bias, f"fitted: sum of parts over contexts, LLM.generate and {len(single)} rows of vidur (MIT; a "
-                       "fork of 2024, 2 hosts), widened: hosts differ by up to 2 times")  # fmt: skip
-        launch_us = host_rows.eager_launch_us(rows, load_model("llama-3.1-8b"))
-        print(f"  eager launch {launch_us:.1f} us")
+        self.fit_host_engine(
+            host_rows.V0, {"own": host_rows.V0, "LLM.generate": host_rows.V0_OFFLINE}, {"vidur": (vidur_batch, vidur)},
+            f"fitted: sum of parts over contexts, LLM.generate and {len(single)} rows of vidur (MIT; a fork of 2024, 2 hosts), widened: "
+            "hosts differ by up to 2 times",
+        )  # fmt: skip
+        self.fit_host_engine(
+            host_rows.V1, {"own": host_rows.V1, "FlashAttention 3, temperature 1": host_rows.V1_OTHERWISE}, {},
+            "fitted: sum of parts over contexts, with FlashAttention 3 and at temperature 1, widened: hosts differ by up to 2 times",
+        )  # fmt: skip
+        launch_us = host_rows.eager_launch_us(host_rows.read_rows(host_rows.V0), load_model("llama-3.1-8b"))
+        print(f"  eager launch of vllm_v0 {launch_us:.1f} us")
         self.book.value("host.vllm_v0.eager_launch.base_us", 0.0, "assumed: cost is per launch")
         self.book.value("host.vllm_v0.eager_launch.per_sequence_us", launch_us, EAGER_SOURCE)
-        for engine in ("vllm_v1", "trtllm", "sglang", "torch_decoder"):
+        for engine in ("trtllm", "sglang", "torch_decoder"):
             self.book.bias("host", engine, normal_bias(0.5), "assumed: no step of this engine was timed on the host")
         self.book.bias("host", "huggingface", (-1.4, -0.7, 0.25, 0.6),
                        "assumed: 5 us of bare PyTorch launch to 1.8 times the default")  # fmt: skip
+
+    def fit_host_engine(
+        self, engine: host_rows.HostEngine, ways: Mapping[str, host_rows.HostEngine],
+        others: Mapping[str, tuple[np.ndarray, np.ndarray]], source: str,
+    ) -> None:  # fmt: skip
+        """Lines of an engine's parts; its bias from steps run in several ways, and from others' (batches, microseconds a step)."""
+        rows = host_rows.read_rows(engine)
+        batch, times = host_rows.measured(engine, rows)
+        lines = host_rows.fit_lines(batch, times)
+        fitted = f"fitted: line over {len(batch)} cases of {engine.words} (benchmarks/results/{engine.path.name}): "
+        for part, line in lines.items():
+            calls = engine.cuda_calls.get(part)
+            added = f"; {calls} CUDA calls of {host_rows.CUDA_LAUNCH_US} us added" if calls else ""
+            self.book.value(f"host.{engine.name}.{part}.base_us", line.base_us, fitted + engine.meanings[part] + added)
+            self.book.value(f"host.{engine.name}.{part}.per_sequence_us", line.per_sequence_us, fitted + engine.meanings[part])
+        steps = {name: (batch, np.sum(list(host_rows.measured(way, rows)[1].values()), axis=0)) for name, way in ways.items()}
+        print(f"\nhost {engine.name}: {lines}")
+        residuals = []
+        for name, (sizes, total) in {**steps, **others}.items():
+            residual = np.log(total / sum(line.at(sizes) for line in lines.values()))
+            least, middle, most = np.exp(np.percentile(residual, (0, 50, 100)))
+            print(f"  {name}, times the lines: {least:.2f}-{most:.2f}, median {middle:.2f}")
+            residuals.append(residual)
+        weight = np.concatenate([np.full(len(residual), 1.0 / len(residual)) for residual in residuals])
+        self.book.bias("host", engine.name, quadrature(quantiles(np.concatenate(residuals), weight), normal_bias(HOST_SIGMA)), source)
 
 
 def host_biases(book: Book) -> None:
@@ -505,6 +497,13 @@ def host_biases(book: Book) -> None:
     book.bias("host", "eager_launch", (-0.9, -0.5, 0.5, 0.9), "assumed: 0.4 to 2.5 times")
     book.bias("host", "vllm_v0 eager_launch", normal_bias(HOST_SIGMA),
               "assumed: half to twice; no launch of this engine was timed on a GPU")  # fmt: skip
+
+
+def choose(book: Book, start: str = "") -> None:
+    """Enters what is CHOSEN; start: of the names to enter."""
+    for name, (value, source) in CHOSEN.items():
+        if name.startswith(start):
+            book.value(name, value, source)
 
 
 def assumed_biases(study: Study) -> None:
@@ -547,8 +546,7 @@ def fit_all(study: Study, measured: Path) -> None:
         "copy", "hbm", normal_bias(0.1), "datasheet: bandwidth, efficiency of large additions, error rounded up"
     )
     assumed_biases(study)
-    for name, (value, source) in CHOSEN.items():
-        study.book.value(name, value, source)
+    choose(study.book)
     missing = set(all_classes()) - set(study.book.biases)
     assert not missing, missing
 
@@ -578,6 +576,7 @@ def main() -> int:
         study.book = Book.packaged()
         study.fit_host(read_csv(options.measured / "step_cpu_overheads.csv"))
         host_biases(study.book)
+        choose(study.book, "host.")
     else:
         fit_all(study, options.measured)
     if not options.check:

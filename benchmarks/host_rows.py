@@ -1,7 +1,9 @@
-"""Host work of vLLM's V0 engine as lines over the batch, out of the rows that `vllm_v0_host.py` measured; eager launches of others.
+"""Host work of vLLM's engines as lines over the batch, out of the rows that `vllm_v0_host.py` and `vllm_v1_host.py` measured; eager
+launches of others.
 
-A step of the engine is schedule and prepare, then max(launch, device), then sample and process. So what the sampler does before it
-waits for the device counts as launch, and process is that of a server: RequestOutputs of all sequences and statistics.
+A step of either engine is schedule and prepare, then max(launch, device), then sample and process. So what the sampler does before it
+waits for the device counts as launch. V0's process is that of a server: RequestOutputs of all sequences and statistics; V1 makes those
+in another process.
 """
 
 from __future__ import annotations
@@ -17,21 +19,71 @@ from measured_rows import read_csv
 from kvsim.forward import num_launches_per_step
 from kvsim.model import Model, load_model
 
-PATH = Path(__file__).parent / "results" / "vllm_v0_host.csv"
-PARTS = {"schedule": ("schedule",), "prepare": ("prepare",), "launch": ("launch", "sample_launch"), "sample": ("sample",),
-         "process": ("process", "stats")}  # fmt: skip
-"""Parts of kvsim's engine by what was measured."""
-OFFLINE = {**PARTS, "process": ("process_finished",)}
-"""What `LLM.generate` does: it answers finished requests only and keeps no statistics."""
+RESULTS = Path(__file__).parent / "results"
 KERNELS_PER_LAYER = 11
 """Of a decode step of `LlamaDecoderLayer` under FlashAttention: two norms, four matrix products, rotary embedding, cache write, attention,
 copy of its output, activation. Attention split over the context adds a twelfth."""
 CUDA_LAUNCH_US = 3.8
 """Per kernel, asynchronous launches of a 2.9 us kernel back to back on a V100: developer.nvidia.com/blog/cuda-graphs; 2-5 us elsewhere."""
 
-CUDA_CALLS = {"prepare": 13, "launch": 19}
-"""Copies and kernels of a step that a CPU does not see, each taken at CUDA_LAUNCH_US. prepare: seven inputs copied, two tensors of zeros,
-two sums, two sampling indices copied. launch: nine sampling tensors copied, hidden states and indices gathered, eight sampler kernels."""
+
+class HostEngine(NamedTuple):
+    """What was measured of an engine's steps, and how kvsim's parts of a step are made of it.
+
+    parts: measured parts by kvsim's. cuda_calls: copies and kernels of a step that a CPU does not see, each taken at CUDA_LAUNCH_US.
+    meanings: what each part of kvsim's is in the engine's code.
+    """
+
+    name: str
+    words: str
+    parts: Mapping[str, tuple[str, ...]]
+    cuda_calls: Mapping[str, int]
+    meanings: Mapping[str, str]
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / f"{self.name}_host.csv"
+
+
+V0 = HostEngine(
+    "vllm_v0", "vLLM 0.6.0's own Python, eager, on a CPU",
+    {"schedule": ("schedule",), "prepare": ("prepare",), "launch": ("launch", "sample_launch"), "sample": ("sample",),
+     "process": ("process", "stats")},
+    {"prepare": 13, "launch": 19},
+    {
+        "schedule": "Scheduler.schedule",
+        "prepare": "input builder, attention and sampling metadata",
+        "launch": "executor, worker, and the sampler up to where it waits",
+        "sample": "tokens and log-probabilities as Python objects",
+        "process": "stop checks, detokenizer, RequestOutputs, statistics",
+    },
+)  # fmt: skip
+"""CUDA calls of prepare: seven inputs copied, two tensors of zeros, two sums, two sampling indices copied. launch: nine sampling tensors
+copied, hidden states and indices gathered, eight sampler kernels."""
+V0_OFFLINE = V0._replace(parts={**V0.parts, "process": ("process_finished",)})
+"""What `LLM.generate` does: it answers finished requests only and keeps no statistics."""
+V1 = HostEngine(
+    "vllm_v1", "vLLM 0.12.0's own Python on a CPU",
+    {"schedule": ("schedule",), "prepare": ("prepare",), "launch": ("launch_greedy",), "sample": ("sample",),
+     "process": ("process", "encode")},
+    {"prepare": 10, "launch": 9},
+    {
+        "schedule": "Scheduler.schedule",
+        "prepare": "persistent batch, inputs, attention metadata of FlashAttention 2",
+        "launch": "replay of a captured graph, logits, greedy sampler up to where it waits",
+        "sample": "tokens to lists, bookkeeping",
+        "process": "Scheduler.update_from_output, statistics, msgpack; the detokenizer runs in another process",
+    },
+)  # fmt: skip
+"""encode is another thread's, but one that holds Python's lock while the loop goes on: by the clock on the wall a round takes at least as
+much longer. CUDA calls as `vllm_v1_host.py --launches` lists them. prepare: seven inputs copied, indices of the logits, block table and
+slots filled up to the graph's batch. launch: the graph, hidden states gathered by indices that become 64-bit first, logits, logits in
+fp32, argmax, tokens in 32 bits, their copy, its event. A graph of a straight line of kernels is launched in constant time
+(developer.nvidia.com/blog/constant-time-launch-for-straight-line-graphs-and-other-performance-enhancements)."""
+V1_OTHERWISE = V1._replace(
+    parts={**V1.parts, "prepare": ("prepare_fa3",), "launch": ("launch_random",)}, cuda_calls={"prepare": 13, "launch": 13}
+)
+"""FlashAttention 3, whose metadata is a kernel, a copy and a fill; temperature 1: two divisions, softmax and noise besides."""
 
 
 class EagerStep(NamedTuple):
@@ -55,9 +107,9 @@ EAGER_STEPS = (
     EagerStep("sglang", "llama-3.1-8b", 8.23, 0, "github.com/sgl-project/sglang pull request 1401, Llama-3-8B on an H100 by its rates: "
               "bench_latency, FlashInfer, 8.23 ms with --disable-cuda-graph, 7.35 ms without"),
 )  # fmt: skip
-"""host_us of vLLM V1: kvsim's own assumptions of a step's parts at that batch; SGLang's tool runs the model alone. Other model code inside
-vLLM takes a third as much a launch on hosts with quicker cores: 10 ms a token for the 28 layers of Qwen3-0.6B
-(github.com/pytorch/torchtitan pull request 2373)."""
+"""host_us of vLLM V1: of a step's parts at that batch, as kvsim assumed them before they were measured; SGLang's tool runs the model
+alone. Other model code inside vLLM takes a third as much a launch on hosts with quicker cores: 10 ms a token for the 28 layers of
+Qwen3-0.6B (github.com/pytorch/torchtitan pull request 2373)."""
 
 
 class Line(NamedTuple):
@@ -68,17 +120,17 @@ class Line(NamedTuple):
         return self.base_us + self.per_sequence_us * batch
 
 
-def read_rows(path: Path = PATH) -> list[dict[str, str]]:
-    return read_csv(path)
+def read_rows(engine: HostEngine) -> list[dict[str, str]]:
+    return read_csv(engine.path)
 
 
-def measured(rows: Sequence[Mapping[str, str]], parts: Mapping[str, Sequence[str]] = PARTS) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Batches of all cases, and the microseconds of each part there, CUDA calls added."""
+def measured(engine: HostEngine, rows: Sequence[Mapping[str, str]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Batches of all cases, and the microseconds of each of kvsim's parts there, CUDA calls added."""
     times = {(row["part"], int(row["batch"]), row["context_tokens"]): float(row["median_us"]) for row in rows}
     cases = sorted({key[1:] for key in times})
     found = {
-        part: np.array([sum(times[name, *case] for name in names) for case in cases]) + CUDA_CALLS.get(part, 0) * CUDA_LAUNCH_US
-        for part, names in parts.items()
+        part: np.array([sum(times[name, *case] for name in names) for case in cases]) + engine.cuda_calls.get(part, 0) * CUDA_LAUNCH_US
+        for part, names in engine.parts.items()
     }
     return np.array([batch for batch, _ in cases], dtype=float), found
 

@@ -72,13 +72,13 @@ def stand_in(sources: Path, folder: Path) -> None:
     sampling_metadata.is_pin_memory_available = lambda: False
 
 
-def write_checkpoint(folder: Path, num_layers: int) -> None:
+def write_checkpoint(folder: Path, num_layers: int, vocab_size: int = TINY_VOCAB) -> None:
     """A Llama too small to cost arithmetic, and a byte-level BPE tokenizer of whole words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     LlamaConfig(
-        architectures=["LlamaForCausalLM"], vocab_size=TINY_VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=num_layers,
+        architectures=["LlamaForCausalLM"], vocab_size=vocab_size, hidden_size=64, intermediate_size=64, num_hidden_layers=num_layers,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=MAX_MODEL_TOKENS, bos_token_id=TOKENIZER_VOCAB,
         eos_token_id=TOKENIZER_VOCAB + 1,
     ).save_pretrained(folder)  # fmt: skip
@@ -98,7 +98,7 @@ def write_checkpoint(folder: Path, num_layers: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder)
-    assert json.loads((folder / "config.json").read_text())["vocab_size"] == TINY_VOCAB
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == vocab_size
 
 
 def make_engine(folder: Path, num_layers: int) -> Any:

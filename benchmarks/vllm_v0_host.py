@@ -21,8 +21,6 @@ round's, slowest_us the median of the slowest. Left out: the CUDA runtime's laun
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 import random
 import tempfile
 from collections import defaultdict
@@ -31,13 +29,13 @@ from pathlib import Path
 from time import thread_time_ns
 from typing import Any
 
-import numpy as np
+from host_timing import as_row, quietest, write
 from vllm_v0_engine import TINY_VOCAB, VERSION, make_engine, stand_in
 
 BATCHES, PROMPT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (256, 1024, 4096)
 NUM_LAYERS, WARM_STEPS, MAX_LAYER_BATCH = 16, 200, 8
 """Layers are timed in batches small enough that matrix products of 64 columns cost nothing."""
-COLUMNS = ("part", "batch", "context_tokens", "num_steps", "median_us", "mean_us", "p16_us", "p84_us", "slowest_us")
+ENGINE = f"vLLM {VERSION} (PyPI wheel, V0 engine, eager)"
 AFTER_SAMPLING = ("get_pythonized_sample_results", "get_logprobs", "_build_sampler_output")
 """Functions of the sampler that run once the device has answered."""
 
@@ -117,27 +115,6 @@ def measure(engine: Any, clock: Clock, batch: int, prompt_tokens: int, num_steps
     return [as_row(name, batch, context, values) for name, values in times.items()]
 
 
-def as_row(part: str, batch: int, context_tokens: int, values: list[float]) -> dict[str, Any]:
-    low, middle, high = np.percentile(values, (16, 50, 84))
-    numbers = {"median_us": middle, "mean_us": np.mean(values), "p16_us": low, "p84_us": high}
-    shown = {name: round(float(value), 1) for name, value in numbers.items()}
-    return {"part": part, "batch": batch, "context_tokens": context_tokens, "num_steps": len(values), **shown}
-
-
-def quietest(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the same case and part."""
-    medians = [row["median_us"] for row in rounds]
-    return {**rounds[medians.index(min(medians))], "slowest_us": max(medians)}
-
-
-def processor() -> str:
-    fields: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']}, {fields['cpu MHz']} MHz)"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sources", type=Path, help="folder that holds the package vllm of the unpacked wheel")
@@ -156,21 +133,8 @@ def main() -> None:
                 print(prompt_tokens, batch, *(f"{row['part']}={row['median_us']}" for row in new), flush=True)
                 for row in new:
                     found[row["part"], row["batch"], row["context_tokens"]].append(row)
-            write(options.out, [quietest(rounds) for rounds in found.values()])  # a round is worth keeping if a later one is cut short
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    import torch
-    import transformers
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(f"# vLLM {VERSION} (PyPI wheel, V0 engine, eager), torch {torch.__version__}, transformers "
-                   f"{transformers.__version__}, Python {platform.python_version()}\n# {processor()}; made by "
-                   "benchmarks/vllm_v0_host.py: thread processor time of one decode step, microseconds\n")  # fmt: skip
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+            # A round is worth keeping if a later one is cut short.
+            write(options.out, [quietest(rounds) for rounds in found.values()], ENGINE, Path(__file__).name)
 
 
 if __name__ == "__main__":

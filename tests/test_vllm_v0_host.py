@@ -44,8 +44,8 @@ def step_us(batch: int) -> float:
 
 
 def test_constants_are_the_fit_of_the_committed_rows(host_rows) -> None:  # type: ignore[no-untyped-def]
-    efficiencies, rows = load_efficiencies(), host_rows.read_rows()
-    batch, times = host_rows.measured(rows)
+    efficiencies, rows = load_efficiencies(), host_rows.read_rows(host_rows.V0)
+    batch, times = host_rows.measured(host_rows.V0, rows)
     for part, line in host_rows.fit_lines(batch, times).items():
         for name, us in line._asdict().items():
             packaged = efficiencies[f"host.vllm_v0.{part}.{name.removesuffix('_us')}_s"]
@@ -56,15 +56,15 @@ def test_constants_are_the_fit_of_the_committed_rows(host_rows) -> None:  # type
 
 def test_lines_meet_the_rows(host_rows) -> None:  # type: ignore[no-untyped-def]
     """A line over the batch leaves out the context: within a fifth up to 1,324 tokens, a half beyond."""
-    rows = host_rows.read_rows()
+    rows = host_rows.read_rows(host_rows.V0)
     for longest, bound in ((1400, 0.2), (10**9, 0.5)):
-        batch, times = host_rows.measured([row for row in rows if int(row["context_tokens"]) <= longest])
+        batch, times = host_rows.measured(host_rows.V0, [row for row in rows if int(row["context_tokens"]) <= longest])
         for size, measured_us in zip(batch, sum(times.values()), strict=True):
             assert step_us(int(size)) == pytest.approx(measured_us, rel=bound)
 
 
 def test_the_band_holds_what_a_batch_run_leaves_out(host_rows) -> None:  # type: ignore[no-untyped-def]
-    batch, times = host_rows.measured(host_rows.read_rows(), host_rows.OFFLINE)
+    batch, times = host_rows.measured(host_rows.V0_OFFLINE, host_rows.read_rows(host_rows.V0))
     low, _, _, high = PROFILE.answer(HostWork("vllm_v0", "process", 1)).log_bias
     for size, measured_us in zip(batch, sum(times.values()), strict=True):
         assert exp(low) < measured_us / step_us(int(size)) < exp(high)
@@ -119,7 +119,7 @@ def test_code_of_torch_compile_launches_quicker_than_modules() -> None:
 def test_a_layer_costs_what_was_measured_and_its_kernels_launches(host_rows) -> None:  # type: ignore[no-untyped-def]
     counted = num_launches_per_step(MODEL, 1, "bf16") // MODEL.num_layers
     layer_us = 1e6 * PROFILE.answer(HostWork("vllm_v0", "eager_launch", counted)).seconds
-    python_us = [float(row["median_us"]) for row in host_rows.read_rows() if row["part"] == "layer"]
+    python_us = [float(row["median_us"]) for row in host_rows.read_rows(host_rows.V0) if row["part"] == "layer"]
     bare = host_rows.KERNELS_PER_LAYER * host_rows.CUDA_LAUNCH_US
     assert min(python_us) < layer_us - bare < max(python_us)
 

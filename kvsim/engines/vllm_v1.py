@@ -76,7 +76,7 @@ class VllmV1(Engine):
     def host_ops(self, batch: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
         before, beside, after = (
             [HostWork("vllm_v1", part, batch) for part in parts]
-            for parts in (("schedule", "prepare"), ("launch", "sample"), ("process",))
+            for parts in (("schedule", "prepare"), ("launch",), ("sample", "process"))
         )
         if num_launches:
             # Without a graph it runs what torch.compile has made of the layers, unless told not to.
