@@ -692,7 +692,7 @@ def test_catalogue_scenario(engine: str, rate_per_s: float) -> None:
     """The whole path from a scenario's YAML, as benchmarks use it."""
     fields: dict[str, Any] = {"kind": engine}
     if engine != "huggingface":
-        fields |= {"num_gpu_blocks": 120, "max_num_seqs": 32, "max_model_len": 1024}
+        fields |= {"num_gpu_blocks": 120, "max_num_seqs": 32, "max_model_len": 1024, "front_end_s": 0}
     policies = {
         "full": [],
         "snapkv+think": [{"kind": "snapkv", "budget_tokens": 64}, {"kind": "think"}],
