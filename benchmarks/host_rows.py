@@ -89,27 +89,26 @@ V1_OTHERWISE = V1._replace(
 class EagerStep(NamedTuple):
     """A decode step without CUDA graphs whose length is the host's: it does not change with what the device computes.
 
-    host_us: of the step beside its launches, in the same process.
+    batch: sequences, at which the engine's measured lines say what the host does beside its launches; 0: the model was run alone.
     """
 
     engine: str
     model: str
     step_ms: float
-    host_us: float
+    batch: int
     source: str
 
 
 EAGER_STEPS = (
-    EagerStep("vllm_v1", "qwen3-8b", 1e3 * 8 / 227.8, 1100, "github.com/vllm-project/vllm issue 42058: vLLM 0.26, enforce_eager, A100, 8 "
+    EagerStep("vllm_v1", "qwen3-8b", 1e3 * 8 / 227.8, 8, "github.com/vllm-project/vllm issue 42058: vLLM 0.26, enforce_eager, A100, 8 "
               "streams decode 227.8, 227.3 and 228.2 tokens a second after 1k, 4k and 8k of prompt"),
-    EagerStep("vllm_v1", "qwen2.5-7b", 22.5, 1000, "github.com/vllm-project/vllm-omni issue 7960: vLLM 0.29, enforce_eager, A800: 22-23 ms "
+    EagerStep("vllm_v1", "qwen2.5-7b", 22.5, 1, "github.com/vllm-project/vllm-omni issue 7960: vLLM 0.29, enforce_eager, A800: 22-23 ms "
               "a token, 13 ms with graphs"),
     EagerStep("sglang", "llama-3.1-8b", 8.23, 0, "github.com/sgl-project/sglang pull request 1401, Llama-3-8B on an H100 by its rates: "
               "bench_latency, FlashInfer, 8.23 ms with --disable-cuda-graph, 7.35 ms without"),
 )  # fmt: skip
-"""host_us of vLLM V1: of a step's parts at that batch, as kvsim assumed them before they were measured; SGLang's tool runs the model
-alone. Other model code inside vLLM takes a third as much a launch on hosts with quicker cores: 10 ms a token for the 28 layers of
-Qwen3-0.6B (github.com/pytorch/torchtitan pull request 2373)."""
+"""Other model code inside vLLM takes a third as much a launch on hosts with quicker cores: 10 ms a token for the 28 layers of Qwen3-0.6B
+(github.com/pytorch/torchtitan pull request 2373)."""
 
 
 class Line(NamedTuple):
@@ -155,7 +154,14 @@ def eager_launch_us(rows: Sequence[Mapping[str, str]], model: Model) -> float:
 def engine_launch_us(engine: str) -> float:
     """Of each launch that kvsim counts, the median of an engine's EAGER_STEPS."""
     return median(
-        (1e3 * step.step_ms - step.host_us) / num_launches_per_step(load_model(step.model), 1, "bf16")
+        (1e3 * step.step_ms - _host_us(step)) / num_launches_per_step(load_model(step.model), 1, "bf16")
         for step in EAGER_STEPS
         if step.engine == engine
     )
+
+
+def _host_us(step: EagerStep) -> float:
+    if not step.batch:
+        return 0.0
+    host = {"vllm_v1": V1}[step.engine]
+    return sum(float(line.at(np.array(step.batch))) for line in fit_lines(*measured(host, read_rows(host))).values())

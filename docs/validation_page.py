@@ -9,8 +9,8 @@ HEAD = """# Validation: predictions beside what others measured
 
 Made by `docs/validation_page.py` from the files of `kvsim validate --out DIR`; do not edit the tables by hand. No constant of the
 simulator is tuned to a row in here: hardware profiles come from kernel tables alone, and of the serving rows only the `calibrate`
-groups chose anything: the client protocol of their source, engine settings that it does not state, 5 ms of front end, and
-TensorRT-LLM's work on the host; and what an eager launch costs comes from whole steps of three runs, marked as such and in no bar.
+groups chose anything: the client protocol of their source, engine settings that it does not state, the 5 ms of front end that servers have by default,
+and TensorRT-LLM's work on the host; and what an eager launch costs comes from whole steps of three runs, marked as such and in no bar.
 
 An error is predicted / measured - 1. Two naive models stand beside it. The *roofline* reads weights and cache once at the datasheet's
 bandwidth and computes prompts at its peak: no engine, no capacity, no launch, no policy cost; a single matrix product is its bytes at
@@ -133,7 +133,8 @@ TAIL = """
 - **Copies within a GPU** are 0-21 % too quick: the efficiency is that of large additions, 91 %, and copies reach 75-90 % of the datasheet.
 - **Qwen2.5-7B on an A10G**, 17 % too quick a decode step, which misses its bar. The step grows by 3.6 ms for 1.75 GB more cache, 489 GB/s
   of 600, so the card is as quick as kvsim takes it to be; what is missing is some 5 ms that depend on nothing, of the host or of sampling
-  (the model's repetition penalty was on), which kvsim does not price. TTFT from 2,048 tokens up is within 5 %. Llama-3-8B on another
+  (the model's repetition penalty was on), which kvsim does not price. vLLM's own Python takes 0.8 ms a step (measured on a CPU), and
+  temperature adds 0.04. TTFT from 2,048 tokens up is within 5 %. Llama-3-8B on another
   A10G is within 2 % alone.
 - **Models below 1B on an L4** are 12-36 % too quick up to 32 users: hundreds of launches of a few microseconds make the step, and their
   latencies come from larger GPUs. A 1.7B model is within 11 % from 1 to 512 users.
@@ -158,8 +159,8 @@ TAIL = """
   H100s** takes 3.35 ms a token, kvsim says 2.67: its loop of 2024 prepared every step in turn on eight processes.
 - **Mistral-7B on an RTX 4090** is 7, 15 and 20 % too quick at 4, 16 and 48 clients; alone such a card is within 5 %. Neither vLLM's
   version nor the client's pauses are stated.
-- **TTFT under light load** is 28-83 % too low (four clients on an H100, 28-64 ms measured): HTTP, tokenizer and the client itself take
-  tens of milliseconds there, which `front_end_s` adds when it is known.
+- **TTFT under light load** is 1-71 % too low (four clients on an H100, 28-64 ms measured) and up to 54 % on an L4: HTTP, tokenizer and the
+  client itself take tens of milliseconds there, of which kvsim takes 5 unless `front_end_s` says more.
 - **Not scored**: GPUStack's throughput pages for "H100". Their decode steps of Qwen3-32B read weights at 1.7 TB/s and their prompts run at
   some 300 TFLOP/s, which no SXM card does; as H100 PCIe kvsim is within 17 %. Nor is any run with a stated hit rate of a prefix
   cache: none was found that also states lengths and load.
