@@ -10,7 +10,8 @@ HEAD = """# Validation: predictions beside what others measured
 Made by `docs/validation_page.py` from the files of `kvsim validate --out DIR`; do not edit the tables by hand. No constant of the
 simulator is tuned to a row in here: hardware profiles come from kernel tables alone, and of the serving rows only the `calibrate`
 groups chose anything: the client protocol of their source, engine settings that it does not state, the 5 ms of front end that
-servers have by default, and TensorRT-LLM's work on the host; and what an eager launch costs comes from whole steps of three runs, marked as such and in no bar.
+servers have by default, and TensorRT-LLM's work on the host; and what an eager launch costs comes from whole steps of three runs,
+marked as such and in no bar.
 
 An error is predicted / measured - 1. Two naive models stand beside it. The *roofline* reads weights and cache once at the datasheet's
 bandwidth and computes prompts at its peak: no engine, no capacity, no launch, no policy cost; a single matrix product is its bytes at

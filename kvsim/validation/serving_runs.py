@@ -143,7 +143,8 @@ def _trtllm() -> list[Run]:
     return found + [
         Run("first token, TensorRT-LLM", f"{model} {dtype} tp{tp}, {gpu[:4]}", gpu, model,
             {"kind": "trtllm", "max_model_len": 4096, "front_end_s": 0}, loop(1, 1, fixed(2048, 1)), {"ttft_ms": ttft},
-            "github.com/NVIDIA/TensorRT-LLM, docs/source/performance.md of release 0.5", "its C++ runtime, not the PyTorch flow", tp=tp, weight_dtype=dtype)
+            "github.com/NVIDIA/TensorRT-LLM, docs/source/performance.md of release 0.5",
+            "its C++ runtime, not the PyTorch flow", tp=tp, weight_dtype=dtype)
         for gpu, model, tp, dtype, ttft in _TRT_FIRST
     ]  # fmt: skip
 
