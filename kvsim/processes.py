@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 
@@ -15,16 +16,26 @@ from typing import Any
 def without_interrupts() -> Iterator[None]:
     """For starting a process: Ctrl-C goes to every process of a terminal, and a spawned one inherits what its parent holds back.
 
-    The parent gets a Ctrl-C of the meantime afterwards. Systems without signal masks start processes as they are.
+    The parent gets a Ctrl-C of the meantime afterwards, from whichever of its threads the system chose: a mask is one thread's, and
+    Python raises in the main one. Systems without signal masks start processes as they are.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    handler = signal.getsignal(signal.SIGINT)
+    caught: list[tuple[int, FrameType | None]] = []
+    waits = threading.current_thread() is threading.main_thread() and callable(handler)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if waits:
+        signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
     try:
         yield
     finally:
+        if waits:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if caught and callable(handler):
+        handler(*caught[0])
 
 
 class Pool(ProcessPoolExecutor):

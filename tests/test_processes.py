@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from kvsim.commands.exit_codes import INTERRUPTED
-from kvsim.processes import Pool
+from kvsim.processes import Pool, without_interrupts
 
 SCENARIO = """\
 gpu: a100-sxm-80gb
@@ -75,3 +76,18 @@ def test_a_pool_answers_and_passes_on_what_a_worker_raises() -> None:
     with pytest.raises(ZeroDivisionError), Pool(2) as pool:
         pool.submit(time.sleep, ENOUGH_S)
         pool.submit(divmod, 1, 0).result()
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks here")
+def test_a_ctrl_c_that_another_thread_takes_waits_too() -> None:
+    """The system may hand it to a thread whose mask lets it through; the main one raises when the process has been started."""
+    done = False
+    with pytest.raises(KeyboardInterrupt), without_interrupts():
+        taker = threading.Thread(target=lambda: (signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT}) and None) or time.sleep(0.3))
+        taker.start()
+        time.sleep(0.05)
+        signal.pthread_kill(taker.ident or 0, signal.SIGINT)
+        taker.join()
+        time.sleep(0.05)
+        done = True
+    assert done
