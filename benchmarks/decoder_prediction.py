@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import exp
 from pathlib import Path
 from statistics import mean, median
@@ -73,14 +73,31 @@ def rows_of(files: Sequence[RowFile]) -> list[MeasuredRow]:
     return [rows[0]._replace(seconds=median(row.seconds for row in rows)) for rows in found.values()]
 
 
-def unseen_times(files: Sequence[RowFile]) -> dict[str, float]:
-    """Seconds of the unseen model's cases, each the median of its rounds."""
+def unseen_rounds(files: Sequence[RowFile]) -> dict[str, list[float]]:
+    """Seconds of the unseen model's cases, round by round."""
     found: dict[str, list[float]] = defaultdict(list)
     for file in files:
         for key, seconds in step_times(file):
             if key.startswith(f"{CPU_UNSEEN.name}/"):
                 found[key].append(seconds)
-    return {key: median(values) for key, values in found.items()}
+    return found
+
+
+def unseen_times(files: Sequence[RowFile]) -> dict[str, float]:
+    """Each the median of its rounds."""
+    return {key: median(values) for key, values in unseen_rounds(files).items()}
+
+
+def spread(rounds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Of decode steps that every round holds: slowest over quickest, and how far a round is off the median of the others."""
+    most = max(map(len, rounds.values()))
+    whole = [times for key, times in rounds.items() if "/decode/" in key and len(times) == most]
+    ratios = sorted(max(times) / min(times) for times in whole)
+    off = [abs(times[at] / median([*times[:at], *times[at + 1 :]]) - 1) for times in whole for at in range(most) if most > 1]
+    return {
+        "slowest_over_quickest_median": median(ratios), "slowest_over_quickest_p90": ratios[int(0.9 * len(ratios))],
+        "round_off_others_median": median(off) if off else 0.0,
+    }  # fmt: skip
 
 
 def fit(files: Sequence[RowFile], gpu: Gpu, path: Path) -> None:
@@ -176,10 +193,15 @@ def main() -> int:
     worst = max(abs(values[name] - 1) for values in ratios.values() for name in ("ttft", "tpot"))
     print(f"decode steps of the unseen model: median error {steps:.1%} (bar {MEDIAN_BAR:.0%}); served means off by at most {worst:.1%} "
           f"(bar {SERVE_BAR:.0%})")  # fmt: skip
+    rounds = unseen_rounds(files)
+    machine = spread(rounds)
+    print("the machine:", {name: round(value, 3) for name, value in machine.items()})
     if options.out is not None:
         content = {
             "device": gpu.name, "torch": torch.__version__, "command": " ".join(sys.argv), "median_step_error": steps,
-            "steps": [{"case": e.case.key, "measured_s": e.measured_s, "predicted_s": e.predicted_s} for e in errors], "serve": ratios,
+            "spread_of_rounds": machine, "serve": ratios,
+            "steps": [{"case": e.case.key, "measured_s": e.measured_s, "predicted_s": e.predicted_s, "rounds_s": rounds[e.case.key]}
+                      for e in errors],
         }  # fmt: skip
         options.out.write_text(json.dumps(content, indent=1) + "\n")
     return 0 if steps <= MEDIAN_BAR and worst <= SERVE_BAR else 1

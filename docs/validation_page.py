@@ -132,7 +132,7 @@ TAIL = """
 - **fp32 products** run at an assumed 76 % of the peak. From 4,096 up H100s are within 9 %; GA102 cards and RTX PRO 6000s are 12-25 % too
   quick, a T4 39-47 %, an L40S 48 %, an L4 about twice as quick; A100s are 5-23 % too slow.
 - **Copies within a GPU** are 0-21 % too quick: the efficiency is that of large additions, 91 %, and copies reach 75-90 % of the datasheet.
-- **Qwen2.5-7B on an A10G**, 17 % too quick a decode step, which misses its bar. The step grows by 3.6 ms for 1.75 GB more cache, 489 GB/s
+- **Qwen2.5-7B on an A10G**, 18 % too quick a decode step, which misses its bar. The step grows by 3.6 ms for 1.75 GB more cache, 489 GB/s
   of 600, so the card is as quick as kvsim takes it to be; what is missing is some 5 ms that depend on nothing, of the host or of sampling
   (the model's repetition penalty was on), which kvsim does not price. vLLM's own Python takes 0.8 ms a step (measured on a CPU), and
   temperature adds 0.04. TTFT from 2,048 tokens up is within 5 %. Llama-3-8B on another

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
-from collections.abc import Iterator
 from math import exp
 from pathlib import Path
 
@@ -24,18 +22,6 @@ VIDUR = ROOT.parent / "shared" / "measured" / "step_cpu_overheads.csv"
 MODEL = load_model("llama-3.1-8b")
 ENGINES = {"vllm_v1": VllmV1, "sglang": SgLang}
 PROFILE = DatasheetProfile(load_gpu("h100-sxm-80gb"))
-
-
-@pytest.fixture(scope="module")
-def host_rows() -> Iterator[object]:
-    """The module that benchmarks/fit_datasheet_efficiencies.py fits with."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import host_rows
-
-        yield host_rows
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 def step_us(batch: int) -> float:

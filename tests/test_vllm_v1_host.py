@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from math import exp
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,20 +13,7 @@ from kvsim.engines import VllmV1
 from kvsim.hardware import load_gpu
 from kvsim.ops import HostWork
 
-ROOT = Path(__file__).parents[1]
 PROFILE = DatasheetProfile(load_gpu("h100-sxm-80gb"))
-
-
-@pytest.fixture(scope="module")
-def host_rows() -> Iterator[object]:
-    """The module that benchmarks/fit_datasheet_efficiencies.py fits with."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import host_rows
-
-        yield host_rows
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 def step_us(batch: int, engine: VllmV1 | None = None) -> float:

@@ -1,8 +1,8 @@
 """The C library's heap, told to keep what tensors give back.
 
 glibc hands freed blocks of more than 128 KiB, later of as much as 32 MiB, back to the system, depending on what was freed before, and
-fresh pages are zeroed as they are touched. So one and the same step took up to half as long again after other work: a recomputed score
-matrix of 5 MB, 40 ms or 61 ms. PyTorch's tuning guide has servers preload an allocator that keeps pages; these settings do as much.
+fresh pages are zeroed as they are touched. So one and the same step takes longer after some work than after other. PyTorch's tuning
+guide has servers preload an allocator that keeps pages; these settings do as much.
 """
 
 from __future__ import annotations
