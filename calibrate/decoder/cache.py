@@ -196,8 +196,8 @@ class LayerCache:
 
 
 def with_slots(rows: torch.Tensor | None, slots: torch.Tensor, longest: int, value: float) -> torch.Tensor:
-    """rows `[heads, ...]`, as long as the longest head, with `value` in these slots."""
+    """rows `[heads, ...]`, as long as the longest head, with `value` in these slots; written in place where they are long enough."""
     assert rows is not None
-    rows = F.pad(rows, (0, longest - rows.shape[1])) if rows.shape[1] < longest else rows.clone() if rows._is_view() else rows
-    rows[torch.arange(len(slots), device=rows.device), slots] = value  # type: ignore[index]
+    rows = F.pad(rows, (0, longest - rows.shape[1])) if rows.shape[1] < longest else rows
+    rows[torch.arange(len(slots), device=rows.device), slots] = value
     return rows

@@ -209,7 +209,7 @@ class Decoder:
         self.append(layer, k.transpose(0, 1), v.transpose(0, 1))
         heads = k.shape[1]
         if self.keeps_positions:
-            layer.positions = torch.arange(layer.seen, device=self.device).expand(heads, -1)
+            layer.positions = torch.arange(layer.seen, device=self.device).repeat(heads, 1)
         if self.window_queries:
             layer.window = (q if layer.window is None else torch.cat((layer.window, q)))[-self.window_queries :]
         if self.scoring is not None and self.scoring.prompt_statistic:

@@ -68,7 +68,7 @@ def prompt(decoder: Decoder, prompt_tokens: int, max_steps: int) -> CachedSequen
         k, v = (randn(shape.kv_heads, prompt_tokens, shape.head_dim) for _ in range(2))
         decoder.append(layer, k, v)
         if decoder.keeps_positions:
-            layer.positions = torch.arange(prompt_tokens, device=device).expand(shape.kv_heads, -1)
+            layer.positions = torch.arange(prompt_tokens, device=device).repeat(shape.kv_heads, 1)
         if decoder.window_queries:
             layer.window = randn(min(prompt_tokens, decoder.window_queries), shape.q_heads, shape.head_dim)
         if decoder.scoring is not None and decoder.scoring.prompt_statistic:

@@ -106,6 +106,20 @@ def held_bytes(sequence: CachedSequence, plan: CachePlan) -> float:
 # -- the cache is what simulations say --------------------------------------------------------------------------------
 
 
+def test_heads_of_a_prompt_as_long_as_the_budget_evict_their_own_tokens() -> None:
+    """From the first step on, each in a slot of its own: their positions must not share memory, as those of a prompt may."""
+    decoder = Decoder(transformer(), plan_of([H2O(budget_tokens=32)]), POOL_BYTES)
+    sequence, ids = decoder.open(32, max_steps=6), tokens(32)
+    logits, differ = decoder.step([(sequence, ids)], []), False
+    for step in range(1, 6):
+        logits = decoder.step([], [(sequence, int(logits.argmax()))])
+        for layer in sequence.layers:
+            positions = [set(row) for row in layer.positions.tolist()]
+            assert all(len(held) == 32 and {*range(16 + step, 32 + step)} <= held for held in positions)
+            differ |= positions[0] != positions[1]
+    assert differ
+
+
 @pytest.mark.parametrize("name", [*STEADY, *UNEVEN])
 @pytest.mark.parametrize("prompt", [20, 75])
 def test_every_policy_holds_the_predicted_tokens_and_bytes(name: str, prompt: int) -> None:
