@@ -129,7 +129,7 @@ def error_lines(errors: list[StepError]) -> list[tuple[str, ...]]:
     for error in errors:
         for policy in (error.case.policy, "all"):
             groups.setdefault((policy, error.case.kind), []).append(error.log_ratio)
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for (policy, kind), ratios in sorted(groups.items(), key=lambda item: (item[0][0] == "all", item[0])):
         off = sorted(abs(exp(ratio) - 1) for ratio in ratios)
         at_90 = off[min(len(off) - 1, int(0.9 * len(off)))]

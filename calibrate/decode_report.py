@@ -43,7 +43,7 @@ Report = dict[str, Any]
 def predictor(study: Study, case: Case, profile: Profile, device: torch.device) -> Predictor:
     """Of a case's model and policy, with the engine as the decoder runs on this device."""
     attention = study.attention or default_attention(device)
-    engine = TorchDecoder(attention=attention, enforce_eager=device.type != "cuda")  # type: ignore[arg-type]
+    engine = TorchDecoder(attention=attention, enforce_eager=device.type != "cuda")
     model = study.models[case.model]
     plan = make_plan(model, study.policies[case.policy], study.weight_dtype, study.block_size_tokens, case.policy)
     return Predictor(model, plan, profile, study.weight_dtype, engine)
@@ -123,7 +123,7 @@ def _decode_line(report: Report) -> tuple[str, ...]:
 
 def fit_lines(reports: list[Report]) -> list[tuple[str, ...]]:
     """Cells under FIT_HEADS."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for report in reports:
         if report["kind"] != FIT:
             continue

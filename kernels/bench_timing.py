@@ -79,14 +79,18 @@ def time_calls(call: Call, ring: list[Inputs], device: torch.device, row_s: floa
 
 def _captured(once: Callable[[], None], calls: int) -> tuple[Callable[[], None], str]:
     """`calls` calls as one CUDA graph, so that no time of the host is measured; calls one by one where capture fails."""
+
+    def one_by_one() -> None:
+        for _ in range(calls):
+            once()
+
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
-            for _ in range(calls):
-                once()
+            one_by_one()
     except RuntimeError:
         torch.cuda.synchronize()
-        return lambda: [once() for _ in range(calls)] and None, "eager"
+        return one_by_one, "eager"
     finally:
         torch.cuda.set_stream(stream)
     return graph.replay, "graph"

@@ -185,10 +185,10 @@ def run(
     given = [name for name, value in extras.items() if value is not None]
     checks.require(len(given) in (0, 4), "arguments", given or "none", f"be all or none of {', '.join(extras)}", "pass all four")
     residual_tokens = 0
-    if given:
+    if k_ring is not None and v_ring is not None and k_quantized is not None and v_quantized is not None:
         pairs_shape = (view.batch, view.kv_heads)
-        for name in ("k_quantized", "v_quantized"):
-            checks.tensor(name, extras[name], torch.int32, pairs_shape, q.device)
+        checks.tensor("k_quantized", k_quantized, torch.int32, pairs_shape, q.device)
+        checks.tensor("v_quantized", v_quantized, torch.int32, pairs_shape, q.device)
         checks.tensor("k_ring", k_ring, q.dtype, (*pairs_shape, None, head_dim), q.device)
         checks.tensor("v_ring", v_ring, q.dtype, tuple(k_ring.shape), q.device)
         residual_tokens = k_ring.shape[2]
@@ -253,7 +253,7 @@ def reference(
                 tokens_of(codes, block_table, batch, head, num_codes), tokens_of(params, block_table, batch, head, rows),
                 fmt, head_dim,
             )  # fmt: skip
-            newest = [ring[batch, head, t % ring.shape[2]].double() for t in range(num_codes, length)]
+            newest = [] if ring is None else [ring[batch, head, t % ring.shape[2]].double() for t in range(num_codes, length)]
             whole.append(torch.cat([values, *(row[None] for row in newest)]))
         heads = slice(head * group, (head + 1) * group)
         logits = q[batch, heads].double() @ whole[0].T * (scale or 1 / math.sqrt(head_dim))

@@ -187,8 +187,8 @@ def dequantized_tile(
         # A row of params may reach past the tokens that exist: what it makes of their missing codes must not count.
         return tl.where(exists[:, None], values, 0.0)
     else:
-        GROUP: tl.constexpr = GROUP_SIZE if GROUP_SIZE < HEAD_DIM else HEAD_DIM_PADDED
-        NUM_GROUPS: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP
+        GROUP: tl.constexpr = GROUP_SIZE if GROUP_SIZE < HEAD_DIM else HEAD_DIM_PADDED  # type: ignore[no-redef]
+        NUM_GROUPS: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP  # type: ignore[no-redef]
         GROUPS_PADDED: tl.constexpr = HEAD_DIM_PADDED // GROUP
         row_offsets = token_offsets(
             token, exists, batch, head, table_ptr, table_stride_batch, table_stride_head,

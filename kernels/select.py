@@ -189,7 +189,8 @@ def reference(
         value = scores[row].double().tolist()
         if method == "threshold" and others and wanted > 0:
             value = _sliced([_image(v) for v in scores[row, :length].float().tolist()], others, wanted)
-        best = sorted(others, key=lambda token, value=value: (-value[token], token))[: max(0, wanted)]
+        first = {token: (-value[token], token) for token in others}
+        best = sorted(others, key=first.__getitem__)[: max(0, wanted)]
         tokens = sorted([*sinks, *best, *recent])
         kept[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32, device=scores.device)
     return kept, (kept >= 0).sum(1).to(torch.int32)

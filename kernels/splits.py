@@ -119,8 +119,8 @@ def partials_for(out: torch.Tensor, lse: torch.Tensor, kv_heads: int, num_splits
         return Partials(out, lse, 1, split_tokens)
     batch, q_heads, head_dim = out.shape
     dims = (batch * kv_heads, num_splits, q_heads // kv_heads)
-    options = {"device": out.device, "dtype": torch.float32}
-    return Partials(torch.empty(*dims, head_dim, **options), torch.empty(dims, **options), num_splits, split_tokens)
+    parts = torch.empty(*dims, head_dim, device=out.device, dtype=torch.float32)
+    return Partials(parts, torch.empty(dims, device=out.device, dtype=torch.float32), num_splits, split_tokens)
 
 
 def join(

@@ -148,7 +148,7 @@ def _data(answers: Answers, model: Model, tp: int) -> dict[str, Any]:
         engine["chunked_prefill_size_tokens"] = SMALL_GPU_PREFILL_TOKENS
     if kind == "huggingface":
         engine["batch_size"] = BATCH_SIZE
-    block_tokens = next(engine for engine in ENGINES if kind_of(engine) == kind)().block_tokens  # type: ignore[call-arg]
+    block_tokens = next(engine for engine in ENGINES if kind_of(engine) == kind)().block_tokens
     prompt_tokens = traffic.prompt_mean_tokens if traffic else 2048
     policies = {name: policy_blocks(name, prompt_tokens, block_tokens) for name in answers.policies}
     by_kind = {kind_of(policy): policy for policy in POLICIES}

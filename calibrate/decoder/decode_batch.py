@@ -78,8 +78,9 @@ class DecodeBatch:
     def _leave(self, row: int, sequence: CachedSequence) -> None:
         """The row may be written by another from now on: scores that lie in it become the sequence's own."""
         for layer, views, tables in zip(sequence.layers, self._views, self._tables, strict=True):
-            if layer.scores is not None and layer.scores is views[row]:
-                layer.scores = layer.scores.clone()
+            view = views[row]
+            if view is not None and layer.scores is view:
+                layer.scores = view.clone()
             views[row] = tables[row] = None
 
     def _reserve(self, rows: int, blocks: int) -> None:
@@ -176,7 +177,7 @@ class DecodeBatch:
                 assert old is not None
                 if old is not view:
                     self.scores[index, row, :, : old.shape[1]] = old
-                if old is not view or longest != old.shape[1]:
+                if longest != old.shape[1] or old is not view:
                     layer.scores = views[row] = self.scores[index, row, :, :longest]
         self.scores[:, : len(self.members)].scatter_(3, places[..., None], 0)
 

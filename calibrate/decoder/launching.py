@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 
 from kvsim.calibrate.decoder.attention import Positions
@@ -15,7 +17,7 @@ from kvsim.policies.compose import CachePlan
 
 ATTENTION = ("torch", "triton")
 """Backends of decode attention."""
-Attention = TorchAttention | TritonAttention
+Attention: TypeAlias = TorchAttention | TritonAttention
 
 
 def default_attention(device: torch.device) -> str:
@@ -42,7 +44,7 @@ def never_recorded(plan: CachePlan) -> str:
 
 def engine_sizes(attention: str, plan: CachePlan, device: torch.device) -> tuple[int, ...]:
     """Batch sizes that `kvsim.engines.torch_decoder` declares, by which the simulator prices steps; none on a CPU."""
-    engine = TorchDecoder(attention=attention)  # type: ignore[arg-type]
+    engine = TorchDecoder(attention=attention)
     return engine.capture_sizes if device.type == "cuda" and not engine.why_eager(plan) else ()
 
 
@@ -52,5 +54,5 @@ def steps_note(attention: str, plan: CachePlan, device: torch.device, recorded: 
         return f"{attention}, " + ("CUDA graphs" if device.type == "cuda" else "recorded steps")
     why = never_recorded(plan)
     if not why:
-        why = TorchDecoder(attention=attention).why_eager(plan) if device.type == "cuda" else "no graphs on a CPU"  # type: ignore[arg-type]
+        why = TorchDecoder(attention=attention).why_eager(plan) if device.type == "cuda" else "no graphs on a CPU"
     return f"{attention}, eager: {why or 'no sizes to capture'}"

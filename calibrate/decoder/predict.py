@@ -40,7 +40,7 @@ class Predictor:
 
     def end_s(self, prompt_tokens: int) -> float:
         """The compression of a prompt."""
-        return self.costs.compression[prompt_tokens, prompt_tokens].total_ps / PS_PER_S  # type: ignore[no-any-return]
+        return self.costs.compression[prompt_tokens, prompt_tokens].total_ps / PS_PER_S
 
     def prefill_s(self, new_tokens: int, prior_tokens: int) -> float:
         """A chunk in the middle of a prompt: nobody gets a token."""

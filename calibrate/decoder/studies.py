@@ -63,7 +63,7 @@ def cpu_study() -> Study:
     models = {model.name: model for model in CPU_MODELS}
     sizes = ((1, 2, 3, 4, 6, 8), (64, 200, 500, 1200), (16, 64, 256), (0, 128, 512))
     fits = {"fit_models": ("small",), "fit_contexts": (200, 500, 1200), "fit_pool_bytes": 16 * MIB}
-    return Study(models, _policies(128), *sizes, "fp32", BLOCK_TOKENS, **fits)  # type: ignore[arg-type]
+    return Study(models, _policies(128), *sizes, "fp32", BLOCK_TOKENS, **fits)
 
 
 def gpu_study(memory_bytes: int) -> Study:
@@ -71,4 +71,4 @@ def gpu_study(memory_bytes: int) -> Study:
     models = {name: replace(load_model(name), num_layers=2) for name in ("llama-3.1-8b", "llama-2-7b", "qwen2.5-7b")}
     sizes = ((1, 4, 16, 64), (512, 2048, 8192), (128, 512, 2048), (0, 2048, 8192))
     fits = {"fit_models": ("llama-3.1-8b",), "fit_contexts": (2048, 8192), "fit_pool_bytes": 2 * GIB}
-    return Study(models, _policies(1024), *sizes, "bf16", BLOCK_TOKENS, int(POOL_FRAC * memory_bytes), **fits)  # type: ignore[arg-type]
+    return Study(models, _policies(1024), *sizes, "bf16", BLOCK_TOKENS, int(POOL_FRAC * memory_bytes), **fits)

@@ -109,10 +109,10 @@ class TritonAttention:
     def _codes(self, index: int, q: torch.Tensor) -> torch.Tensor:
         keys, values = self.batch.full.keys, self.batch.full.values
         _, _, lengths, table = self._cache(index, len(q))
-        parts = [tensor[:, :, None] for codec in (keys, values) for tensor in (codec.codes, codec.params)]  # type: ignore[attr-defined]
+        parts = [tensor[:, :, None] for codec in (keys, values) for tensor in (codec.codes, codec.params)]
         rings = self._rings(index, lengths) if self.residual_tokens else {}
         return kv_quant_decode_attention.run(
-            q, *parts, keys.format, values.format, lengths, table, **rings  # type: ignore[attr-defined]
+            q, *parts, keys.format, values.format, lengths, table, **rings
         )[0]  # fmt: skip
 
     def _rings(self, index: int, lengths: torch.Tensor) -> dict[str, torch.Tensor]:

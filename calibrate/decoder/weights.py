@@ -14,13 +14,17 @@ INITIALIZER_RANGE = 0.02
 """Of random matrices, as transformers' default."""
 
 
+Norm = tuple[torch.Tensor, torch.Tensor | None]
+"""Weight and bias."""
+
+
 @dataclass
 class Layer:
     """One layer; matrices are [outputs, inputs], fused as `kvsim.model.Model.gemms` lists them. Biases may be None."""
 
     matrices: dict[str, torch.Tensor]
     biases: dict[str, torch.Tensor]
-    norms: list[tuple[torch.Tensor, torch.Tensor | None]]
+    norms: list[Norm]
     qk_norms: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -31,8 +35,8 @@ class Weights:
     layers: list[Layer]
     embedding: torch.Tensor
     positions: torch.Tensor | None
-    embedding_norm: tuple[torch.Tensor, torch.Tensor | None] | None
-    final_norm: tuple[torch.Tensor, torch.Tensor | None]
+    embedding_norm: Norm | None
+    final_norm: Norm
     head: torch.Tensor
     head_bias: torch.Tensor | None = None
 
@@ -55,7 +59,7 @@ def random_weights(
     def matrix(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).mul_(initializer_range).to(dtype)
 
-    def norm() -> tuple[torch.Tensor, torch.Tensor | None]:
+    def norm() -> Norm:
         ones = torch.ones(model.hidden_size, device=device, dtype=dtype)
         return ones, torch.zeros_like(ones) if model.norm_bias else None
 
@@ -114,7 +118,7 @@ def hf_weights(spec: DecoderSpec, folder: Path, dtype: torch.dtype, device: str 
             biases["qkv"] = take(*(f"{name}.bias" for name in qkv))
         if model.o_bias:
             biases["o"] = take(f"{p}self_attn.o_proj.bias")
-        norms = [(take(f"{p}{name}.weight"), None) for name in ("input_layernorm", "post_attention_layernorm")]
+        norms: list[Norm] = [(take(f"{p}{name}.weight"), None) for name in ("input_layernorm", "post_attention_layernorm")]
         qk = (take(f"{p}self_attn.q_norm.weight"), take(f"{p}self_attn.k_norm.weight")) if model.qk_norm else None
         layers.append(Layer(matrices, biases, norms, qk))
     embedding = take("model.embed_tokens.weight")

@@ -56,7 +56,7 @@ def _point(kernel: str, fields: Fields, op: Op, device_type: str) -> Point:
 
 
 def one_layer(h: Heads, element_bytes: float = 2.0) -> CacheShape:
-    return CacheShape(1, *h, element_bytes, 16)
+    return CacheShape(1, h.q_heads, h.kv_heads, h.head_dim, element_bytes, 16)
 
 
 def _scores(h: Heads, cache: Fields) -> Iterator[tuple[str, Fields, Op]]:
@@ -122,7 +122,7 @@ def _attention(h: Heads, cache: Fields) -> Iterator[tuple[str, Fields, Op]]:
 
 def _decode(h: Heads, batch: int, tokens: float, slot_bytes: float, kv_format: str) -> DecodeAttention:
     return DecodeAttention(
-        batch, *h, round(batch * h.kv_heads * tokens), round(tokens), slot_bytes, kv_format, "contiguous"
+        batch, h.q_heads, h.kv_heads, h.head_dim, round(batch * h.kv_heads * tokens), round(tokens), slot_bytes, kv_format, "contiguous"
     )  # fmt: skip
 
 
@@ -134,8 +134,9 @@ def _rows(h: Heads, batch: int, tokens: int, tiny: bool) -> Iterator[tuple[str, 
     slots, group = rows * tokens * (1 if tiny else 16), h.q_heads // h.kv_heads
     yield "metric_pool", {"num_slots": slots, "group": group}, counted.metric_pool(one_layer(h), slots)
     heads = 4 if tiny else 256
-    fields = {"kind": "blocks", "num_pools": batch, "num_heads": heads, "tokens": min(tokens, 16384)}
-    whole = counted.select(one_layer(h), batch * heads * fields["tokens"])  # KV-Compress's sort, as it describes that itself
+    pooled = min(tokens, 16384)
+    fields = {"kind": "blocks", "num_pools": batch, "num_heads": heads, "tokens": pooled}
+    whole = counted.select(one_layer(h), batch * heads * pooled)  # KV-Compress's sort, as it describes that itself
     yield "select_budgets", fields, replace(whole, num_launches=4, variant="blocks")
 
 

@@ -24,7 +24,7 @@ Line = tuple[str, ...]
 
 def error_lines(conclusion: Conclusion) -> list[Line]:
     """Every table of the profile, with its errors on rows that it was not fitted to."""
-    found = []
+    found: list[Line] = []
     for (kind, variant, size), table in conclusion.profile.tables.items():
         name = " ".join(str(part) for part in (kind, variant, size) if part)
         how = f"{table.num_shapes} shapes" if table.num_shapes < table.num_rows else "single rows"

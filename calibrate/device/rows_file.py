@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kvsim.calibrate.device.op_json import compact, op_from_json
 from kvsim.errors import InputError
@@ -34,7 +34,7 @@ class RowFile:
         elif identity is None:
             raise InputError("--out", str(folder), f"must hold {FILE_NAME} to be fitted again", "measure first")
         self.keys = {row["key"] for row in self.rows if row["status"] != PROBE}
-        self._file = None
+        self._file: BinaryIO | None = None
 
     def _load(self, identity: Row) -> None:
         data = self.path.read_bytes()
