@@ -1,35 +1,45 @@
 """Full decoding for real against its prediction: steps of a model that no fit has seen, and a trace served request by request.
 
-    python benchmarks/decoder_prediction.py DIR [--minutes 18] [--rounds 3] [--out results.json]
+    python benchmarks/decoder_prediction.py DIR [--minutes 26] [--rounds 4] [--out results.json]
 
 DIR is a folder of `kvsim calibrate device`. A machine that is not alone varies by more than what is to be seen, from minute to minute, so
-everything takes turns. Cases of the models that are fitted and of the one that is predicted are run in one random order, and requests are
-served between them; this is done `--rounds` times, each with other requests. A case's time is the median of its rounds. The profile is
-fitted when all is measured, and asked for the steps of the unseen model and for all the requests that were served.
+everything takes turns of seconds. Cases of the models that are fitted and of the one that is predicted are run in one random order; between
+them servers of requests, one for each policy, go on for two seconds each, their clocks standing still meanwhile. This is done `--rounds`
+times, each with other requests.
+
+Rounds differ by as much as the machine does, so each is a calibration of its own: what was served in it is simulated with a profile
+fitted to its rows. Steps of the unseen model are predicted by a profile of all rounds, where a case's time is the mean of its rounds.
+
+DIR keeps rounds that were finished: run again, the command goes on after them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import sys
+import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import exp
 from pathlib import Path
 from statistics import mean, median
+from time import monotonic
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
 from kvsim.calibrate.build import build, write_profile
 from kvsim.calibrate.decode_command import ENGINE, device_gpu, error_lines, pick_device, step_errors
 from kvsim.calibrate.decoder.studies import BLOCK_TOKENS, CPU_UNSEEN, cpu_study
-from kvsim.calibrate.decoder.study import Case, Study, measure, measured_rows, open_rows, step_times
+from kvsim.calibrate.decoder.study import Case, Study, measured_rows, measuring, open_rows, step_times
 from kvsim.calibrate.device.rows_file import RowFile
 from kvsim.calibrate.rows import Import, MeasuredRow
-from kvsim.calibrate.serve_command import Served, serve_live, simulate_served
+from kvsim.calibrate.serve_command import Live, Served, serve_live, simulate_served
 from kvsim.hardware import Gpu
 from kvsim.profiles import load_profile
 from kvsim.scenario import Scenario, parse_scenario
@@ -38,6 +48,10 @@ BATCHES, CONTEXTS, CHUNKS, PRIORS = (5, 7), (150, 350, 800), (40, 150), (0, 300)
 SERVED = ("full", "h2o", "snapkv", "streaming_llm")
 MEDIAN_BAR, SERVE_BAR = 0.10, 0.12
 """Of step times, and of mean TTFT and TPOT."""
+SERVER_TURN_S, STUDY_TURN_S = 2.0, 8.0
+"""Some 70 steps, of which the first finds the caches as others left them. A server takes some 25 s of a round, the study 390."""
+TOUCHED = (4, 2**22)
+"""Tensors, and fp32 elements of one: pages of the heap that the study gives back between its cases (`PeakMemory`)."""
 
 
 class Mixed(Study):
@@ -63,14 +77,79 @@ def unseen_study(study: Study) -> Study:
     return Study(**{**fields, "models": {CPU_UNSEEN.name: CPU_UNSEEN}, **sizes})
 
 
+class Server(threading.Thread):
+    """A server that runs while it is given its turn, and stands still, its clock too, while others have theirs."""
+
+    def __init__(self, serve: Callable[[Callable[[], None]], Live]) -> None:
+        super().__init__(daemon=True)
+        self._serve, self._mine, self._given_back = serve, threading.Semaphore(0), threading.Semaphore(0)
+        self._began = 0.0
+        self.live: Live | None = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._wait()
+            self.live = self._serve(self._between)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._given_back.release()
+
+    def _wait(self) -> None:
+        self._mine.acquire()
+        touched = [torch.ones(TOUCHED[1]) for _ in range(TOUCHED[0])]
+        del touched
+        self._began = monotonic()
+
+    def _between(self) -> None:
+        """After a step."""
+        if monotonic() - self._began >= SERVER_TURN_S:
+            self._given_back.release()
+            self._wait()
+
+    def take(self) -> bool:
+        """One turn. False if there was none left. Raises what the server raised."""
+        if self.live is None and self.error is None:
+            self._mine.release()
+            self._given_back.acquire()
+            if self.live is None and self.error is None:
+                return True
+        if self.error is not None:
+            raise self.error
+        return False
+
+
+def by_turns(servers: Sequence[Callable[[Callable[[], None]], Live]], cases: Iterator[tuple[int, int]], budget_s: float) -> list[Live]:
+    """What the servers measured, each in turn with the study's cases, so that all see the machine quick and slow alike."""
+    started, left_s = [Server(serve) for serve in servers], budget_s
+    serving, alone_s = True, 0.0
+    while serving or left_s > 0:
+        serving = False
+        for server in started:
+            begin = monotonic()
+            serving |= server.take()
+            served_s, begin = monotonic() - begin, monotonic()
+            while monotonic() - begin < min(STUDY_TURN_S, left_s):
+                if next(cases, None) is None:
+                    left_s = 0.0
+                    break
+            studied_s = monotonic() - begin
+            left_s -= studied_s
+            alone_s += served_s if left_s <= 0 else studied_s if not serving else 0.0
+    print(f"  {alone_s:.0f} s of servers or study had no turns of the other between them", flush=True)
+    return [server.live for server in started if server.live is not None]
+
+
 def rows_of(files: Sequence[RowFile]) -> list[MeasuredRow]:
-    """Of the seen models, each the median of its rounds."""
+    """Of the seen models, each the mean of its rounds."""
     found: dict[str, list[MeasuredRow]] = defaultdict(list)
     for file in files:
         for row in measured_rows(file):
             if not row.where.startswith(f"{CPU_UNSEEN.name}/"):
                 found[row.where].append(row)
-    return [rows[0]._replace(seconds=median(row.seconds for row in rows)) for rows in found.values()]
+    return [rows[0]._replace(seconds=mean(row.seconds for row in rows)) for rows in found.values()]
 
 
 def unseen_rounds(files: Sequence[RowFile]) -> dict[str, list[float]]:
@@ -84,8 +163,8 @@ def unseen_rounds(files: Sequence[RowFile]) -> dict[str, list[float]]:
 
 
 def unseen_times(files: Sequence[RowFile]) -> dict[str, float]:
-    """Each the median of its rounds."""
-    return {key: median(values) for key, values in unseen_rounds(files).items()}
+    """Each the mean of its rounds."""
+    return {key: mean(values) for key, values in unseen_rounds(files).items()}
 
 
 def spread(rounds: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -107,13 +186,12 @@ def fit(files: Sequence[RowFile], gpu: Gpu, path: Path) -> None:
     write_profile(profile, path)
 
 
-def served_scenario(study: Study, folder: Path, seed: int, profile: Path | None) -> Scenario:
+def served_scenario(study: Study, folder: Path, seed: int, profile: Path | None, served: Sequence[str] = SERVED) -> Scenario:
     """A round's requests. profile None: prices do not matter."""
     shape = {name: getattr(CPU_UNSEEN, name) for name in (
         "num_layers", "hidden_size", "num_q_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size", "max_context_tokens"
     )}  # fmt: skip
     (folder / "unseen.yaml").write_text(yaml.safe_dump({"name": CPU_UNSEEN.name, "source": "synthetic", **shape}))
-    turn = seed % len(SERVED)
     return parse_scenario({
         "gpu": str(folder / "device.yaml"), "model": str(folder / "unseen.yaml"), "weight_dtype": "fp32",
         **({} if profile is None else {"profile": str(profile)}),
@@ -126,9 +204,54 @@ def served_scenario(study: Study, folder: Path, seed: int, profile: Path | None)
                         "output_max_tokens": 120},
         },
         "policies": {
-            name: [policy.model_dump(mode="json") for policy in study.policies[name]] for name in SERVED[turn:] + SERVED[:turn]
+            name: [policy.model_dump(mode="json") for policy in study.policies[name]] for name in served
         },
     }, Path())  # fmt: skip
+
+
+def serve_one(scenario: Scenario, device: torch.device, between: Callable[[], None]) -> Live:
+    """A scenario of one policy, for real."""
+    (live,) = serve_live(scenario, device, between=between)
+    return live
+
+
+def measure_round(study: Study, folder: Path, number: int, device: torch.device, budget_s: float) -> tuple[RowFile, list[Live]]:
+    """The rows of a round and what its servers measured, from DIR if it is there already."""
+    place, lives_path = folder / f"round-{number}", folder / f"round-{number}" / "lives.pickle"
+    if place.exists() and not lives_path.exists():
+        raise SystemExit(f"{place} was not finished, and in a round all take turns: remove it to measure it again")
+    file = open_rows(place, study, device)
+    if lives_path.exists():
+        return file, pickle.loads(lives_path.read_bytes())
+    servers = [partial(serve_one, served_scenario(study, folder, number, None, (name,)), device) for name in SERVED]
+    lives = by_turns(servers, measuring(study, device, file), budget_s)
+    file.close()
+    lives_path.write_bytes(pickle.dumps(lives))
+    return file, lives
+
+
+def step_ratios(served: Sequence[Served]) -> dict[str, float]:
+    """Simulated over measured mean duration of the steps of one policy: at the measured mix of batches, where they only decode."""
+    found: dict[str, float] = {}
+    for kind in ("decode", "chunk", "chunk beside decodes"):
+        seconds: list[dict[int, tuple[float, int]]] = []
+        for side in (1, 0):
+            sums: dict[int, tuple[float, int]] = {}
+            for one in served:
+                steps = one.logs[side].step_columns()
+                long, number = steps["num_steps"], steps["num_decodes"]
+                total = steps["first_step_ps"] * long + steps["step_growth_ps"] * long * (long - 1) // 2
+                kinds = np.where(steps["prefill_tokens"] == 0, "decode", np.where(number == 0, "chunk", "chunk beside decodes"))
+                for batch in np.unique(number[kinds == kind]).tolist() if kind == "decode" else (0,):
+                    rows = (kinds == kind) & ((number == batch) | (kind != "decode"))
+                    before = sums.get(batch, (0.0, 0))
+                    sums[batch] = before[0] + float(total[rows].sum()), before[1] + int(long[rows].sum())
+            seconds.append(sums)
+        said, real = seconds
+        shared = said.keys() & real.keys()
+        predicted = sum(said[batch][0] / said[batch][1] * real[batch][1] for batch in shared)
+        found[kind] = predicted / sum(real[batch][0] for batch in shared)
+    return found
 
 
 def serve_ratios(served: Sequence[Served]) -> dict[str, Any]:
@@ -139,7 +262,7 @@ def serve_ratios(served: Sequence[Served]) -> dict[str, Any]:
         return said / real
 
     return {
-        "ttft": over("ttft"), "tpot": over("tpot"), "e2e": over("e2e"),
+        "ttft": over("ttft"), "tpot": over("tpot"), "e2e": over("e2e"), "steps": step_ratios(served),
         "by_round": [
             {"ttft": one.simulated.ttft.mean_s / one.measured.ttft.mean_s, "tpot": one.simulated.tpot.mean_s / one.measured.tpot.mean_s,
              "batch": one.simulated.mean_decode_batch_sequences / one.measured.mean_decode_batch_sequences,
@@ -154,10 +277,8 @@ def serve_ratios(served: Sequence[Served]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--minutes", type=float, default=18.0, help="of measuring steps, all rounds together; serving comes on top"
-    )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=26.0, help="of measuring steps, all rounds together; serving comes on top")
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     folder, device = options.folder, pick_device("cpu")
@@ -165,16 +286,15 @@ def main() -> int:
     base = cpu_study()
     study = Mixed(**{**{name: getattr(base, name) for name in Study.__dataclass_fields__},
                      "models": {**base.models, CPU_UNSEEN.name: CPU_UNSEEN}, "prefills": False, "fit_models": ()})  # fmt: skip
-    files, lives = [], []
+    files, served = [], defaultdict[str, list[Served]](list)
     for number in range(options.rounds):
-        file = open_rows(folder / f"round-{number}", study, device)
-        measure(study, device, file, options.minutes * 60 / options.rounds, lambda done, total: None)
-        file.close()
+        file, lives = measure_round(study, folder, number, device, options.minutes * 60 / options.rounds)
         files.append(file)
-        lives.append(serve_live(served_scenario(study, folder, number, None), device))
-        print(
-            f"round {number}: {len(unseen_times([file]))} steps of the unseen model, {len(SERVED)} policies served", flush=True
-        )
+        own = folder / f"round-{number}" / "profile.json"
+        fit([file], gpu, own)
+        for live, said in zip(lives, simulate_served(served_scenario(study, folder, number, own), device), strict=True):
+            served[live.policy].append(Served.of(live, said))
+        print(f"round {number}: {len(unseen_times([file]))} steps of the unseen model, {len(lives)} policies served", flush=True)
     profile = folder / "benchmark-profile.json"
     fit(files, gpu, profile)
     cost = load_profile(str(profile.resolve()), gpu, ENGINE, folder)
@@ -182,14 +302,11 @@ def main() -> int:
     for line in error_lines(errors):
         print("  ".join(f"{cell:>14}" for cell in line))
     steps = median(abs(exp(error.log_ratio) - 1) for error in errors if error.case.batch and error.case.prior_tokens is None)
-    served: dict[str, list[Served]] = defaultdict(list)
-    for number, runs in enumerate(lives):
-        for live, said in zip(runs, simulate_served(served_scenario(study, folder, number, profile), device), strict=True):
-            served[live.policy].append(Served.of(live, said))
     ratios = {policy: serve_ratios(runs) for policy, runs in served.items()}
     for policy, values in ratios.items():
         print(policy, {name: round(values[name], 3) for name in ("ttft", "tpot", "e2e")},
-              "TPOT by round", [round(one["tpot"], 3) for one in values["by_round"]])  # fmt: skip
+              "TPOT by round", [round(one["tpot"], 3) for one in values["by_round"]],
+              {name: round(value, 3) for name, value in values["steps"].items()})  # fmt: skip
     worst = max(abs(values[name] - 1) for values in ratios.values() for name in ("ttft", "tpot"))
     print(f"decode steps of the unseen model: median error {steps:.1%} (bar {MEDIAN_BAR:.0%}); served means off by at most {worst:.1%} "
           f"(bar {SERVE_BAR:.0%})")  # fmt: skip

@@ -60,16 +60,17 @@ class _Live:
 class LiveReplica(Replica):
     """Serves a source of requests for real. Token ids are random, drawn from `seed` and the request's index.
 
-    peak_bytes: the most that caches held at the end of a step, keys, values and scales.
+    between: called when a step is done; the clock stands still meanwhile. peak_bytes: the most that caches held at the end of a step,
+    keys, values and scales.
     """
 
     def __init__(
         self, env: simpy.Environment, source: RequestSource, scheduler: Scheduler, decoder: Decoder, seed: int = 0,
-        check: Callable[[Request], None] | None = None,
+        check: Callable[[Request], None] | None = None, between: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self._live_costs = _LiveCosts(decoder.plan)
         super().__init__(env, source, scheduler, self._live_costs, None, check)  # type: ignore[arg-type]
-        self.decoder, self.seed = decoder, seed
+        self.decoder, self.seed, self.between = decoder, seed, between
         self.caches: dict[Sequence, _Live] = {}
         self.peak_bytes = 0
         self._vocab = decoder.transformer.spec.model.vocab_size
@@ -81,7 +82,7 @@ class LiveReplica(Replica):
         self._live_costs.run = lambda: self._run(step.chunks, list(self.scheduler.batch.members) if step.decodes else [])
         return super()._prefill(step)
 
-    def decode_run(  # type: ignore[override]
+    def decode_run(
         self, costs: object, batch: DecodeBatch, limit_ps: int | None, max_steps: int, decided: bool = False
     ) -> Run:
         """One real step."""
@@ -105,6 +106,9 @@ class LiveReplica(Replica):
         self.peak_bytes = max(self.peak_bytes, sum(live.cache.held_bytes() for live in self.caches.values()))
         now = now_ns(self.decoder.device)
         elapsed, self._ended_ns = now - self._ended_ns, now
+        if self.between is not None:
+            self.between()
+            self._ended_ns = now_ns(self.decoder.device)
         return elapsed * PS_PER_NS
 
     # -- caches ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from kvsim.pool import BlockPool
 from kvsim.recording import RunLog
 from kvsim.result import PolicyResult
 from kvsim.scenario import Scenario
+from kvsim.schema import kind_of
 from kvsim.units import PS_PER_S
 from kvsim.workload import build_source
 
@@ -99,8 +100,13 @@ def serve(scenario: Scenario, device: torch.device, weights: Path | None = None,
     return [Served.of(*pair) for pair in zip(serve_live(scenario, device, weights, seed), simulated, strict=True)]
 
 
-def serve_live(scenario: Scenario, device: torch.device, weights: Path | None = None, seed: int = 0) -> list[Live]:
-    """Every policy's real run alone. As `serve` otherwise; prices play no part in it."""
+def serve_live(
+    scenario: Scenario, device: torch.device, weights: Path | None = None, seed: int = 0, between: Callable[[], None] | None = None
+) -> list[Live]:
+    """Every policy's real run alone. As `serve` otherwise; prices play no part in it.
+
+    between: called when a step is done; what it takes is not the server's time.
+    """
     _check(scenario)
     scenario = on_device(scenario, device)
     deployment = deploy(scenario)
@@ -111,7 +117,7 @@ def serve_live(scenario: Scenario, device: torch.device, weights: Path | None = 
     else:
         spec = spec_from_hf(weights)
         transformer = Transformer(spec, hf_weights(spec, weights, dtype, device))
-    return [_live(scenario, deployment, transformer, name, seed) for name in scenario.policies]
+    return [_live(scenario, deployment, transformer, name, seed, between) for name in scenario.policies]
 
 
 def simulate_served(scenario: Scenario, device: torch.device) -> list[PolicyResult]:
@@ -126,7 +132,7 @@ def simulate_served(scenario: Scenario, device: torch.device) -> list[PolicyResu
 
 def _check(scenario: Scenario) -> None:
     if not isinstance(scenario.engine, TorchDecoder):
-        raise InputError("engine.kind", scenario.engine.kind, "must be torch_decoder", "it is the engine that can be run here")
+        raise InputError("engine.kind", kind_of(type(scenario.engine)), "must be torch_decoder", "it is the engine that can be run here")
     if scenario.tensor_parallel != 1:
         raise InputError("tensor_parallel", scenario.tensor_parallel, "must be 1: the decoder runs on one device")
     if scenario.replicas != 1 or scenario.fleet:
@@ -149,7 +155,9 @@ def on_device(scenario: Scenario, device: torch.device) -> Scenario:
     return scenario.model_copy(update={"engine": engine.model_copy(update=changed)})
 
 
-def _live(scenario: Scenario, deployment: Deployment, transformer: Transformer, name: str, seed: int) -> Live:
+def _live(
+    scenario: Scenario, deployment: Deployment, transformer: Transformer, name: str, seed: int, between: Callable[[], None] | None
+) -> Live:
     plan = build_plan(deployment, scenario.policies[name], f"policies.{name}")
     ledger = build_ledger(deployment, plan)
     engine = deployment.engine
@@ -163,7 +171,7 @@ def _live(scenario: Scenario, deployment: Deployment, transformer: Transformer, 
         raise InputError("workload.trace", None, "must have no prefix hashes here", "the decoder shares no prefixes")
     env = simpy.Environment(initial_time=0)
     scheduler = deployment.engine.scheduler(BlockPool(ledger.pool_units), plan, deployment.model)
-    live = LiveReplica(env, source, scheduler, decoder, seed, RequestCheck(deployment, plan, ledger.pool_units))
+    live = LiveReplica(env, source, scheduler, decoder, seed, RequestCheck(deployment, plan, ledger.pool_units), between)
     env.process(live.serve())
     env.run()
     measured = summarize(live.log, warmup_requests=scenario.workload.warmup_requests, slo=scenario.slo)

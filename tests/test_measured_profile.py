@@ -146,11 +146,11 @@ def test_held_out_errors_and_bands_of_a_made_up_gpu() -> None:
     assert np.mean(inside) == pytest.approx(0.68, abs=0.04)
 
 
-@pytest.mark.parametrize("tile_rows", [3, 4, 8192])
-def test_a_cpu_that_reads_weights_for_every_few_rows_is_found_out(tile_rows: int) -> None:
+@pytest.mark.parametrize(("tile_rows", "tile_reads"), [(3, 1.0), (3, 0.6), (4, 1.0), (8192, 1.0)])
+def test_a_cpu_that_reads_weights_for_every_few_rows_is_found_out(tile_rows: int, tile_reads: float) -> None:
     """From batches that a study runs: what lies between them, and on the other side of a step, follows."""
-    law = {"gemm.fp32.tile_rows": float(tile_rows), "gemm.fp32.packed_reads": 2.0, "decode_attention.sequence_s": 4e-4,
-           "decode_attention.launch_s": 2e-4, "decode_attention.memory_frac.16bit": 0.1}  # fmt: skip
+    law = {"gemm.fp32.tile_rows": float(tile_rows), "gemm.fp32.tile_reads": tile_reads, "gemm.fp32.packed_reads": 2.0,
+           "decode_attention.sequence_s": 4e-4, "decode_attention.launch_s": 2e-4, "decode_attention.memory_frac.16bit": 0.1}  # fmt: skip
     truth = DatasheetProfile(A100, load_efficiencies().replaced(law))
     found, rng = Import("made", "1", "made up"), np.random.default_rng(4)
     shapes = ((2048, 2048), (4096, 2048), (2048, 4096), (8192, 4096))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-"""Parameters of mallopt(3)."""
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
+"""Parameters of mallopt(3). One arena: threads would else have heaps of their own, to which the other settings do not apply."""
 _KEPT_BYTES, _GROWN_BYTES, _HEAP_BLOCK_BYTES = 2**31 - 1, 64 * 2**20, 32 * 2**20
 """The heap's end is given back beyond the first, grows by the second, and holds blocks up to the third, the most that glibc takes."""
 
@@ -21,7 +21,7 @@ def keep_pages() -> bool:
     mallopt = _function("mallopt")
     if mallopt is None:
         return False
-    settings = ((_MMAP_THRESHOLD, _HEAP_BLOCK_BYTES), (_TRIM_THRESHOLD, _KEPT_BYTES), (_TOP_PAD, _GROWN_BYTES))
+    settings = ((_MMAP_THRESHOLD, _HEAP_BLOCK_BYTES), (_TRIM_THRESHOLD, _KEPT_BYTES), (_TOP_PAD, _GROWN_BYTES), (_ARENA_MAX, 1))
     return all([mallopt(name, value) == 1 for name, value in settings])
 
 

@@ -185,19 +185,16 @@ class Bench:
         return [*rows, {"key": key, "status": STEP, "seconds": step_s, **more}]
 
 
-def measure(study: Study, device: torch.device, file: RowFile, budget_s: float, tell: Callable[[int, int], None]) -> None:
-    """Runs the cases that the file lacks until the time is over. What does not fit into memory, or what the attention backend
-    cannot do, is a row that says so.
+def measuring(study: Study, device: torch.device, file: RowFile) -> Iterator[tuple[int, int]]:
+    """Runs the cases that the file lacks, one whenever the next item is asked for: (cases done, of so many).
 
-    tell: told (cases done, of so many).
+    What does not fit into memory, or what the attention backend cannot do, is a row that says so.
     """
-    bench, begin, cases = Bench(study, device), monotonic(), study.cases()
+    bench, cases = Bench(study, device), study.cases()
     for done, case in enumerate(cases):
-        tell(done, len(cases))
         if case.key in file.keys:
             continue
-        if monotonic() - begin > budget_s:
-            return
+        yield done, len(cases)
         try:
             rows = bench.run(case)
         except (OutOfBlocks, torch.OutOfMemoryError) as error:
@@ -206,7 +203,19 @@ def measure(study: Study, device: torch.device, file: RowFile, budget_s: float, 
             rows = [{"key": case.key, "status": REFUSED, "reason": str(error)}]
         for row in rows:
             file.add(row)
-    tell(len(cases), len(cases))
+    yield len(cases), len(cases)
+
+
+def measure(study: Study, device: torch.device, file: RowFile, budget_s: float, tell: Callable[[int, int], None]) -> None:
+    """The same until the time is over.
+
+    tell: told (cases done, of so many).
+    """
+    begin = monotonic()
+    for done, total in measuring(study, device, file):
+        tell(done, total)
+        if monotonic() - begin > budget_s:
+            return
 
 
 def measured_rows(file: RowFile) -> list[MeasuredRow]:
