@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import filter_rows
 import host_rows
 import numpy as np
 import yaml
@@ -25,7 +26,7 @@ from measured_rows import Row, collective_rows, kernel_rows, read_csv
 from scipy.optimize import least_squares
 
 from kvsim.datasheet import DatasheetProfile
-from kvsim.efficiencies import DEFAULT_PATH, Efficiencies
+from kvsim.efficiencies import DEFAULT_PATH, Efficiencies, load_efficiencies
 from kvsim.hardware import Gpu, load_gpu
 from kvsim.model import load_model
 from kvsim.ops import Elementwise, MixedAttention
@@ -77,6 +78,7 @@ CHOSEN = {
     "gemm.fp32.memory_frac": (0.8544, "assumed: as 16 bit"),
     "gemm.fp32.compute_frac": (0.759, "assumed: as 16 bit, of the fp32 peak"),
     "gemm.fp32.tile_rows": (8192.0, "assumed: all rows at once; CPUs are measured"),
+    "gemm.fp32.tile_reads": (1.0, "assumed: each further tile of rows reads all weights again; CPUs are measured"),
     "gemm.fp32.packed_reads": (1.0, "assumed: weights are read once; CPUs are measured"),
     "decode_attention.sequence_us": (0.0, "assumed: one launch attends a whole batch; CPUs are measured"),
     "decode_attention.split_tokens": (400.0, "fitted: one value for all GPUs, free fits gave 40-425 on the same rows"),
@@ -272,7 +274,7 @@ def all_classes() -> dict[tuple[str, str], LogBias]:
     names += [("mixed_attention", "any"), ("policy", "any")]
     names += [("elementwise", s) for s in ("<=4MiB", ">4MiB")] + [("copy", s) for s in ("hbm", "host")]
     names += [("collective", f"{m} {s}") for m in ("graph", "eager") for s in ("<=1MiB", ">1MiB")]
-    names += [("collective", s) for s in ("pcie", "all_gather")]
+    names += [("collective", s) for s in ("pcie", "all_gather")] + [("sampling", library) for library in filter_rows.STARTS]
     engines = ["vllm_v0", "vllm_v1", "trtllm", "sglang", "torch_decoder", "huggingface", "eager_launch"]
     engines += (f"{engine} eager_launch" for engine in ("vllm_v0", "vllm_v1", "sglang"))
     return dict.fromkeys(names + [("host", engine) for engine in engines], (0.0, 0.0, 0.0, 0.0))
@@ -499,6 +501,17 @@ def host_biases(book: Book) -> None:
               "assumed: half to twice; no launch of this engine was timed on a GPU")  # fmt: skip
 
 
+def fit_filters(book: Book) -> None:
+    """From rows that are committed (filter_rows.py), on top of the packaged rest."""
+    classes = all_classes()
+    base = Efficiencies({**load_efficiencies().values, **filter_rows.starts()}, {}, classes, dict.fromkeys(classes, "assumed: start"))
+    for name, value in filter_rows.fit(base).items():
+        book.value(*friendly(name, value), filter_rows.SOURCE)
+    for library in filter_rows.STARTS:
+        book.bias("sampling", library, normal_bias(ASSUMED_SIGMA),
+                  "assumed: constants of one GPU, not named, carried by multiprocessors and clock")  # fmt: skip
+
+
 def choose(book: Book, start: str = "") -> None:
     """Enters what is CHOSEN; start: of the names to enter."""
     for name, (value, source) in CHOSEN.items():
@@ -546,6 +559,7 @@ def fit_all(study: Study, measured: Path) -> None:
         "copy", "hbm", normal_bias(0.1), "datasheet: bandwidth, efficiency of large additions, error rounded up"
     )
     assumed_biases(study)
+    fit_filters(study.book)
     choose(study.book)
     missing = set(all_classes()) - set(study.book.biases)
     assert not missing, missing
@@ -556,7 +570,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--measured", type=Path, default=root.parent / "shared" / "measured")
     parser.add_argument("--check", action="store_true", help="print the report but leave the YAML alone")
-    parser.add_argument("--host-only", action="store_true", help="fit the host work anew, leave the rest of the YAML as it is")
+    parser.add_argument("--host-only", action="store_true", help="fit host work and samplers anew, leave the rest of the YAML as it is")
     options = parser.parse_args()
     if not (options.measured / "kernel_a100.csv").exists():
         print(f"{options.measured} is absent: the measured rows are not part of the project; give --measured FOLDER. "
@@ -576,6 +590,7 @@ def main() -> int:
         study.book = Book.packaged()
         study.fit_host(read_csv(options.measured / "step_cpu_overheads.csv"))
         host_biases(study.book)
+        fit_filters(study.book)
         choose(study.book, "host.")
     else:
         fit_all(study, options.measured)

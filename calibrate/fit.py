@@ -23,6 +23,7 @@ from kvsim.ops import (
     Elementwise,
     Gemm,
     HostWork,
+    LogitFilter,
     MixedAttention,
     PolicyKernel,
     PrefillAttention,
@@ -54,7 +55,10 @@ _ATTENTION: Mapping[str, Bounds] = {
 }  # fmt: skip
 PHYSICS: Mapping[tuple[str, str], Bounds] = {
     **{(Gemm.kind, dtype): {f"gemm.{dtype}.{n}": b for n, b in _GEMM.items()} for dtype in ("16bit", "fp8", "int8", "int4")},
-    (Gemm.kind, "fp32"): {**{f"gemm.fp32.{n}": b for n, b in _GEMM.items()}, "gemm.fp32.packed_reads": (1.5, 1.0, 8.0)},
+    (Gemm.kind, "fp32"): {
+        **{f"gemm.fp32.{n}": b for n, b in _GEMM.items()},
+        "gemm.fp32.tile_reads": (0.7, 0.3, 1.0), "gemm.fp32.packed_reads": (1.5, 1.0, 8.0),
+    },
     (DecodeAttention.kind, "16bit"): _ATTENTION[DecodeAttention.kind],
     (DecodeAttention.kind, "fp8"): {"decode_attention.memory_frac.fp8": (0.7, 0.1, 1.05)},
     (PrefillAttention.kind, "16bit"): _ATTENTION[PrefillAttention.kind],
@@ -112,6 +116,7 @@ SMOOTH: Mapping[str, Sequence[tuple[tuple[str, ...], tuple[float, ...]]]] = {
         (("new_tokens", "decodes", "decode_context"), (0.01, 0.01, 0.01)),
     ],
     Elementwise.kind: [(("bytes",), (0.03,))],
+    LogitFilter.kind: [(("rows", "vocab_size"), (0.03, 0.03))],
     Collective.kind: [(("bytes",), (0.003,))],
     PolicyKernel.kind: [(("bytes",), (0.03,)), (("flops_per_byte",), (0.03,))],
     Copy.kind: [(("bytes",), (0.03,))],
@@ -234,7 +239,8 @@ def term_specs(kind: str, places: np.ndarray, num_rows: int | None = None) -> li
 
     num_rows: that must suffice for the knots; None: there are plenty.
     """
-    names, specs = AXES[kind], []
+    names = AXES[kind]
+    specs: list[TermSpec] = []
     for axes, smooth in SMOOTH[kind]:
         where = tuple(names.index(axis) for axis in axes)
         coarse = bool(specs) and kind == Gemm.kind

@@ -9,7 +9,17 @@ from typing import NamedTuple
 
 from kvsim.dtypes import matrix_bytes
 from kvsim.hardware import Gpu
-from kvsim.ops import Collective, DecodeAttention, Elementwise, Gemm, MixedAttention, Op, PolicyKernel, PrefillAttention
+from kvsim.ops import (
+    Collective,
+    DecodeAttention,
+    Elementwise,
+    Gemm,
+    LogitFilter,
+    MixedAttention,
+    Op,
+    PolicyKernel,
+    PrefillAttention,
+)
 
 IMPOSSIBLE = 1.05
 """A row this much faster than the datasheet's peak or bandwidth allows is mislabelled: boards run at most a few percent above."""
@@ -74,6 +84,9 @@ def least_seconds(op: Op, gpu: Gpu) -> float:
         return op.prefill.flops / gpu.peak_flops(_attention_dtype(op.prefill.kv_dtype))
     if isinstance(op, Elementwise):
         return op.bytes_moved / bandwidth if op.bytes_moved > 4 * gpu.l2_bytes else 0.0
+    if isinstance(op, LogitFilter):  # logits read, and what stays written or drawn from
+        moved = 4.0 * op.rows * op.vocab_size
+        return moved / bandwidth if moved > 4 * gpu.l2_bytes else 0.0
     if isinstance(op, Collective) and op.name == "all_reduce":
         return 2.0 * (op.num_gpus - 1) / op.num_gpus * op.message_bytes / gpu.gpu_link_bytes_per_s / 2.0  # in-switch sums halve it
     return 0.0

@@ -20,6 +20,7 @@ from kvsim.policies import POLICIES
 from kvsim.policies.base import Policy
 from kvsim.reports.catalogue import EXAMPLE_PROMPT_TOKENS
 from kvsim.routers import ROUTERS
+from kvsim.sampling import Sampling
 from kvsim.scenario import ReplicaGroup, Scenario
 from kvsim.scenario_errors import models_in
 from kvsim.schema import field_rows, first_sentence, kind_of
@@ -115,6 +116,9 @@ JSON Schema with `kvsim schema > kvsim.schema.json` and make the scenario's firs
     for engine in ENGINES:
         yield f"## engine: {{kind: {kind_of(engine)}}}\n\n{prose(engine)} Where a shared field is here too, its default differs.\n"
         yield fields_table(engine, Engine)
+    yield "## engine.sampling\n"
+    yield f"Of `vllm_v1` and `sglang`. `vllm_v0` draws at a temperature without filters, the others decode greedily. {prose(Sampling)}\n"
+    yield fields_table(Sampling)
     yield """## Several replicas
 
 `replicas: 4` puts four engines as above behind a router; `fleet` does the same with groups of unlike ones, each a list item such

@@ -16,6 +16,7 @@ from kvsim.ops import (
     Elementwise,
     Gemm,
     HostWork,
+    LogitFilter,
     MixedAttention,
     Op,
     PolicyKernel,
@@ -28,6 +29,7 @@ AXES = {
     PrefillAttention.kind: ("heads", "new_tokens", "group", "sequences", "total_over_new"),
     MixedAttention.kind: ("new_tokens", "total_over_new", "decodes", "decode_context"),
     Elementwise.kind: ("bytes",),
+    LogitFilter.kind: ("rows", "vocab_size"),
     Collective.kind: ("bytes",),
     PolicyKernel.kind: ("bytes", "flops_per_byte"),
     Copy.kind: ("bytes",),
@@ -41,7 +43,7 @@ tail_AxB: waves of A x B output tiles over the multiprocessors, rounded up, over
 Of policy kernels: bytes of one launch, and 1 + FLOPs / bytes. count: sequences, or launches, of host work.
 """
 
-OWN_KINDS = (PolicyKernel.kind, Copy.kind, HostWork.kind)
+OWN_KINDS = (LogitFilter.kind, PolicyKernel.kind, Copy.kind, HostWork.kind)
 """Kinds that only a device's own calibration holds. No other GPU's tables are asked, and errors are kept by variant."""
 
 GEMM_CLASSES = {"fp32": "fp32", "fp16": "16bit", "bf16": "16bit", "fp8": "fp8", "int8": "int8", "int4": "int4"}
@@ -82,6 +84,8 @@ def locate(op: Op, num_sms: int) -> Place:
         return Place(op.kind, KV_CLASSES.get(decode.kv_format, decode.kv_format), decode.head_dim, at_mixed)
     if isinstance(op, Elementwise):
         return Place(op.kind, "", 0, (log2(max(op.bytes_moved, 1)),))
+    if isinstance(op, LogitFilter):
+        return Place(op.kind, f"{op.library} {op.which}", 0, (log2(max(op.rows, 1)), log2(op.vocab_size)))
     if isinstance(op, Collective):
         mode = "eager" if op.eager else "graph"
         return Place(op.kind, f"{op.name} {mode}", op.num_gpus, (log2(max(op.message_bytes, 1)),))

@@ -24,6 +24,7 @@ from kvsim.ops import (
     Elementwise,
     Gemm,
     HostWork,
+    LogitFilter,
     MixedAttention,
     Op,
     PolicyKernel,
@@ -34,9 +35,9 @@ from kvsim.profile import Answer, LogBias
 GEMM_TILE_M, GEMM_TILE_N = 16, 128
 """A GEMM computes whole tiles: 16 rows of a tensor-core instruction, 128 columns of a thread block."""
 UNPACKED_TILES = 4
-"""Tiles of rows up to which a CPU's library takes the weights as they lie and reads them for each; beyond it packs them. `F.linear` of
-torch 2.13 on one thread of a Xeon with AVX-512, weights of 3584 x 640 in fp32: 0.57 ms for 3 rows, 0.86 for 6, 1.70 for 12, 1.33 for
-16."""
+"""Tiles of rows up to which a CPU's library takes the weights as they lie and reads them for each, in part from a cache; beyond it packs
+them. `F.linear` of torch 2.13 on one thread of a Xeon with AVX-512, weights of 3584 x 640 in fp32: 0.51-0.57 ms for 1 to 3 rows,
+0.71-0.72 for 4 to 6, 1.04-1.05 for 7 to 9, 1.38-1.40 for 10 to 12, 1.33 for 16."""
 ATTENTION_TILE_ROWS = 128
 """Query rows of one thread block of a FlashAttention prefill kernel."""
 DECODE_TILE_ROWS = 64
@@ -46,6 +47,18 @@ MEASURED_GROUP = 4
 PACKING_GENERATIONS = (9, 10)
 """Compute capabilities whose prefill kernels (FlashAttention 3, TensorRT-LLM's for Blackwell) put the query heads of a group into one
 block; FlashAttention 2 does so in launches of decodes alone (mha_varlen_fwd: seqlenq_ngroups_swapped needs max_seqlen_q == 1)."""
+ROWS_SORTED_ALONE = 128
+"""From so many rows on `torch.sort` sorts each by a thread block of its own, below all at once (aten SortStable.cu)."""
+SORT_BYTES, SORT_BYTES_ALONE = 156.0, 176.0
+"""A logit and its position through `torch.sort`, once written. All rows at once: four digits of 8 bits at 24 bytes and a histogram, one of
+the row's number at 16 and another, gathered and written. Each alone: six digits of 5 or 6 bits, read for a histogram and then moved."""
+FILTER_BYTES = {
+    "pytorch": {"top_k": 38.0, "top_p": 62.0, "top_k_top_p": 76.0},
+    "triton": {"top_k": 16.0, "top_p": 16.0, "top_k_top_p": 16.0},
+    "flashinfer": {"top_k": 28.0, "top_p": 28.0, "top_k_top_p": 40.0},
+}
+"""Per logit, after the sort. pytorch: mask and its use 14, softmax, cumulative sum, mask and its use 38, scatter 24, as vLLM's
+apply_top_k_top_p has them. The others, at the least: three passes and what stays; a softmax and three passes, a fourth where both act."""
 _ACTIVATION_BYTES = {"fp8": 1, "int8": 1, "fp32": 4}
 KNOT_RATIO, LAST_KNOT_SLOTS = 2**0.25, 2**33
 LARGE_ELEMENTWISE_BYTES, LARGE_MESSAGE_BYTES = 4 * 2**20, 2**20
@@ -81,6 +94,7 @@ class DatasheetProfile:
             DecodeAttention: self._decode,
             MixedAttention: self._mixed,
             Elementwise: self._elementwise,
+            LogitFilter: self._filter,
             Collective: self._collective,
             Copy: self._copy,
             PolicyKernel: self._policy,
@@ -90,6 +104,7 @@ class DatasheetProfile:
             dtype: self._gemm_rate(dtype) for dtype in WEIGHT_DTYPES if dtype != "fp32" or "fp32" in gpu.peak_flops_per_s
         }
         self._fp32_tile_rows, self._fp32_packed_reads = e["gemm.fp32.tile_rows"], e["gemm.fp32.packed_reads"]
+        self._fp32_tile_reads = e["gemm.fp32.tile_reads"]
         self._prefill_launch_s = e["prefill_attention.launch_s"]
         self._prefill_flops_per_s = e["prefill_attention.compute_frac"] * self._peak_16bit
         self._prefill_bytes_per_s = e["prefill_attention.memory_frac"] * self._hbm
@@ -188,7 +203,7 @@ class DatasheetProfile:
         if name == "fp32":  # vector units have no tiles to fill, but a CPU's library reads the matrix again for every few rows
             rows, columns = m, n
             tiles = math.ceil(m / self._fp32_tile_rows)
-            memory_s *= tiles if tiles <= UNPACKED_TILES else self._fp32_packed_reads
+            memory_s *= 1 + (tiles - 1) * self._fp32_tile_reads if tiles <= UNPACKED_TILES else self._fp32_packed_reads
         return name, launch_s, memory_s, 2.0 * rows * columns * k / flops_per_s
 
     # Attention ----------------------------------------------------------------------------------------------------
@@ -267,6 +282,24 @@ class DatasheetProfile:
     def _elementwise(self, op: Elementwise, share: float) -> tuple[float, str]:
         seconds = self._elementwise_launch_s + op.bytes_moved / (self._elementwise_bytes_per_s * share)
         return seconds, "<=4MiB" if op.bytes_moved <= LARGE_ELEMENTWISE_BYTES else ">4MiB"
+
+    def _filter(self, op: LogitFilter, share: float) -> tuple[float, str]:
+        """A thread block walks each row, some abreast on a multiprocessor; bound by traffic where that takes longer."""
+        library = op.library
+        e, name, clock_hz, logits = self.efficiencies, f"sampling.{library}", self.gpu.boost_clock_hz, op.rows * op.vocab_size
+        waves = max(1.0, op.rows / (self.gpu.num_sms * e[f"{name}.abreast"]))
+        logit_cycles, bytes_moved = e[f"{name}.{op.which}.logit_cycles"], FILTER_BYTES[library][op.which]
+        if library != "pytorch":
+            walk_s = waves * (e[f"{name}.{op.which}.row_cycles"] + logit_cycles * op.vocab_size) / clock_hz
+            return max(walk_s, bytes_moved * logits / (self._elementwise_bytes_per_s * share)), library
+        busy_s = 0.0
+        if op.rows >= ROWS_SORTED_ALONE:
+            logit_cycles, bytes_moved = logit_cycles + e[f"{name}.sort_row_cycles"], bytes_moved + SORT_BYTES_ALONE
+        else:
+            busy_s, bytes_moved = logits * e[f"{name}.sort_cycles"] / (self.gpu.num_sms * clock_hz), bytes_moved + SORT_BYTES
+        if op.rows > 1:  # scans of a single row are spread over the device, and bound by launches
+            busy_s += waves * logit_cycles * op.vocab_size / clock_hz
+        return e[f"{name}.launch_s"] + max(busy_s, bytes_moved * logits / (self._elementwise_bytes_per_s * share)), library
 
     def _policy(self, op: PolicyKernel, share: float) -> tuple[float, str]:
         memory_s = op.bytes_moved / (self._policy_bytes_per_s * share)

@@ -8,10 +8,8 @@ from kvsim.dtypes import activation_bytes, activation_dtype
 from kvsim.model import Model
 from kvsim.ops import Collective, Elementwise, Gemm, Op
 
-LOGIT_BYTES = 4
-"""Logits are sampled in fp32."""
 SAMPLER_KERNELS = (3,)
-"""fp32 values that each kernel of a sampler reads or writes per logit: one cast, then two reads for softmax and argmax."""
+"""fp32 values that each kernel of a greedy sampler reads or writes per logit: one cast, then two reads for softmax and argmax."""
 
 QUANTISED_ACTIVATIONS = ("fp8", "int8")
 """Weights before whose products activations are quantised, by a kernel of its own; tables of such products hold its time."""
@@ -39,23 +37,13 @@ def linear_ops(model: Model, tp: int, weight_dtype: str, num_tokens: int, eager:
         yield layers * model.norms_per_layer, Collective("all_reduce", row, tp, eager)
 
 
-def head_ops(
-    model: Model, tp: int, num_sampled: int, eager: bool = False, weight_dtype: str = "bf16",
-    sampler_kernels: tuple[int, ...] = SAMPLER_KERNELS,
-) -> Iterator[tuple[int, Op]]:  # fmt: skip
-    """(times launched, Op) to turn the last hidden states of `num_sampled` sequences into tokens: lm_head, gather, sampler.
-
-    sampler_kernels: fp32 values per logit that each kernel of the sampler reads or writes; the first one also reads the head's output.
-    """
-    head, size = model.lm_head(tp), activation_bytes(weight_dtype)
+def head_ops(model: Model, tp: int, num_sampled: int, eager: bool = False, weight_dtype: str = "bf16") -> Iterator[tuple[int, Op]]:
+    """(times launched, Op) to turn the last hidden states of `num_sampled` sequences into logits on every GPU: lm_head, gather."""
+    head = model.lm_head(tp)
     # Quantised checkpoints keep the head in 16 bits.
     yield 1, Gemm(num_sampled, head.n, head.k, "fp32" if activation_dtype(weight_dtype) == "fp32" else "bf16")
     if tp > 1:
-        yield 1, Collective("all_gather", num_sampled * head.n * size, tp, eager)
-    logits, read = num_sampled * model.vocab_size, size
-    for num_values in sampler_kernels:
-        yield 1, Elementwise("sampler", logits * (read + num_values * LOGIT_BYTES))
-        read = 0
+        yield 1, Collective("all_gather", num_sampled * head.n * activation_bytes(weight_dtype), tp, eager)
 
 
 def num_launches_per_step(model: Model, tp: int, weight_dtype: str) -> int:

@@ -94,6 +94,21 @@ class Elementwise:
 
 
 @dataclass(frozen=True, slots=True)
+class LogitFilter:
+    """Top-k, top-p or both over each of `rows` rows of `vocab_size` fp32 logits.
+
+    library: "pytorch", which sorts every row; "triton", vLLM's search for a threshold; "flashinfer", which also draws the token.
+    which: "top_k", "top_p" or "top_k_top_p".
+    """
+
+    kind: ClassVar[str] = "sampling"
+    library: str
+    which: str
+    rows: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Collective:
     """`name` is "all_reduce" or "all_gather"; message_bytes per rank over num_gpus in one node. eager: outside a CUDA graph."""
 
@@ -143,6 +158,6 @@ class HostWork:
 
 
 Op = (
-    Gemm | PrefillAttention | DecodeAttention | MixedAttention | Elementwise | Collective | Copy | PolicyKernel | HostWork
+    Gemm | PrefillAttention | DecodeAttention | MixedAttention | Elementwise | LogitFilter | Collective | Copy | PolicyKernel | HostWork
 )
 """Any Op. `kind` names the row of the report in which its time appears."""

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from kvsim.cost_types import Chunk
 from kvsim.curves import Curve
+from kvsim.dtypes import activation_bytes
 from kvsim.engines.base import Engine
 from kvsim.forward import head_ops, linear_ops
 from kvsim.model import Model
@@ -179,7 +180,9 @@ class Prices:
         """From the last hidden states of so many sequences to their tokens; outside captured graphs, as in vLLM."""
         if not num_sampled:
             return Price({})
-        return Price(self._answer(head_ops(self.model, self.tp, num_sampled, True, self.weight_dtype, self.engine.sampler_kernels)))
+        head = head_ops(self.model, self.tp, num_sampled, True, self.weight_dtype)
+        sampler = self.engine.sampler_ops(num_sampled, self.model.vocab_size, activation_bytes(self.weight_dtype))
+        return Price(self._answer(chain(head, ((1, op) for op in sampler))))
 
     def _prefill_policy(self, new_tokens: int, prior_tokens: int) -> Price:
         """What the policies, and the engine beside attention, launch with a prompt chunk."""

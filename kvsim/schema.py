@@ -101,5 +101,5 @@ def default_text(field: FieldInfo) -> str:
     if value is None or value in ({}, []):
         return "none"
     if isinstance(value, BaseModel):
-        return f"{{kind: {kind_of(type(value))}}}"
+        return f"{{kind: {kind_of(type(value))}}}" if "kind" in type(value).model_fields else "{}"
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value) or "empty"

@@ -18,6 +18,7 @@ from kvsim.engines.vllm_v1 import VllmV1
 from kvsim.model import load_model
 from kvsim.policies import POLICIES
 from kvsim.policies.kv_quant import KVQuant
+from kvsim.sampling import Sampling
 from kvsim.schema import kind_of
 
 MODEL = load_model("llama-3.1-8b")
@@ -28,7 +29,8 @@ VLLM = {
 }  # fmt: skip
 OPTIONS = {
     # docs.vllm.ai, "Engine Arguments", 0.24
-    "vllm_v1": VLLM | {"enable-prefix-caching", "async-scheduling", "no-async-scheduling", "no-scheduler-reserve-full-isl"},
+    "vllm_v1": VLLM | {"enable-prefix-caching", "async-scheduling", "no-async-scheduling", "no-scheduler-reserve-full-isl",
+                       "generation-config", "override-generation-config"},
     # docs.vllm.ai, "Engine Arguments", 0.7
     "vllm_v0": VLLM | {"enable-chunked-prefill", "preemption-mode", "swap-space"},
     # nvidia.github.io/TensorRT-LLM, "trtllm-serve", 1.0
@@ -40,7 +42,7 @@ OPTIONS = {
     "sglang": {
         "tp-size", "context-length", "max-running-requests", "chunked-prefill-size", "page-size", "kv-cache-dtype",
         "disable-radix-cache", "max-total-tokens", "disable-overlap-schedule", "disable-cuda-graph", "cuda-graph-max-bs", "dtype",
-        "quantization",
+        "quantization", "sampling-backend",
     },
 }  # fmt: skip
 YAML_OPTIONS = {
@@ -65,6 +67,8 @@ def other_value(engine: type[Engine], name: str) -> Any:
         return field.default / 2
     if name == "front_end_s":
         return 1.0
+    if name == "sampling":
+        return Sampling(temperature=0.6, top_p=0.9, presence_penalty=0.5)
     return 65536 if field.default is None else field.default * 2
 
 

@@ -12,7 +12,7 @@ import pytest
 from kvsim.datasheet import DatasheetProfile
 from kvsim.efficiencies import load_efficiencies
 from kvsim.engines import SgLang, VllmV0, VllmV1
-from kvsim.forward import head_ops, num_launches_per_step
+from kvsim.forward import num_launches_per_step
 from kvsim.hardware import load_gpu
 from kvsim.model import load_model
 from kvsim.ops import Elementwise, HostWork
@@ -108,10 +108,9 @@ def test_a_layer_costs_what_was_measured_and_its_kernels_launches(host_rows) -> 
     assert min(python_us) < layer_us - bare < max(python_us)
 
 
-@pytest.mark.parametrize(("engine", "bytes_per_logit"), [(VllmV0(), 58), (VllmV1(), 14)])
+@pytest.mark.parametrize(("engine", "bytes_per_logit"), [(VllmV0(), 58), (VllmV1(), 10)])
 def test_passes_of_the_sampler_over_16_bit_logits(engine: VllmV0 | VllmV1, bytes_per_logit: int) -> None:
     """V0: read 2, write 4; division in place 8; softmax and log-softmax 8 each; gather 8; noise 4; division by it 12; argmax 4."""
-    ops = [op for _, op in head_ops(MODEL, 1, 32, sampler_kernels=engine.sampler_kernels)]
-    sampler = [op for op in ops if isinstance(op, Elementwise)]
-    assert sum(op.bytes_moved for op in sampler) == 32 * MODEL.vocab_size * bytes_per_logit
+    sampler = list(engine.sampler_ops(32, MODEL.vocab_size, 2))
+    assert sum(op.bytes_moved for op in sampler if isinstance(op, Elementwise)) == 32 * MODEL.vocab_size * bytes_per_logit
     assert len(sampler) == len(engine.sampler_kernels)

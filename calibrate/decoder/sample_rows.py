@@ -9,6 +9,7 @@ from statistics import median
 from kvsim.calibrate.decoder.clock import OpClock
 from kvsim.calibrate.decoder.decoder import Decoder
 from kvsim.calibrate.decoder.sequence import CachedSequence
+from kvsim.dtypes import activation_bytes
 from kvsim.engines.torch_decoder import TorchDecoder
 from kvsim.forward import head_ops, linear_ops
 from kvsim.ops import Elementwise, Gemm, HostWork, Op, PolicyKernel, PrefillAttention
@@ -36,14 +37,13 @@ def decode_rows(
     """Rows of one timed decode step."""
     batch, seconds, shape = len(sequences), clock.seconds, plan.shape
     rows: Rows = list(_linear_rows(decoder, batch, clock, weight_dtype))
-    for _, op in head_ops(decoder.transformer.spec.model, 1, batch, weight_dtype=weight_dtype):
-        name = "lm_head" if isinstance(op, Gemm) else "sampler"
-        rows.append((op, seconds[name]))
+    engine, model = TorchDecoder(attention=decoder.attention.name), decoder.transformer.spec.model
+    rows += [(op, seconds["lm_head"]) for _, op in head_ops(model, 1, batch, weight_dtype=weight_dtype)]
+    rows += [(op, seconds["sampler"]) for op in engine.sampler_ops(batch, model.vocab_size, activation_bytes(weight_dtype))]
     slots, resident, longest = _read_slots(plan, sequences)
     attention = replace(plan.attention(0, batch, 0, 0), kv_slots=round(slots), max_kv_tokens=longest)
     rows.append((attention, seconds["attention"] / shape.num_layers))
     ops = plan.step_ops(batch, resident)
-    engine = TorchDecoder(attention=decoder.attention.name)
     policies = policy_rows(one_by_one(ops, engine.one_by_one(plan), batch), clock)
     # What a policy does beyond its declared kernels, such as moving a ring on, is the step's own.
     told = {op.kernel for op, _ in policies if isinstance(op, PolicyKernel)}

@@ -10,7 +10,17 @@ from kvsim.calibrate.device.kernel_grids import engine_points, kernel_points
 from kvsim.calibrate.device.points import ELEMENTWISE, SKEW, Heads, Point
 from kvsim.dtypes import kv_bytes_per_element
 from kvsim.model import Model, list_models, load_model
-from kvsim.ops import Collective, Copy, DecodeAttention, Elementwise, Gemm, HostWork, MixedAttention, PrefillAttention
+from kvsim.ops import (
+    Collective,
+    Copy,
+    DecodeAttention,
+    Elementwise,
+    Gemm,
+    HostWork,
+    LogitFilter,
+    MixedAttention,
+    PrefillAttention,
+)
 from kvsim.units import GIB, KIB, MIB
 
 TORCH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -26,6 +36,8 @@ SMALL_MODEL_WIDTHS = (256, 512, 1024, 2048)
 """Hidden sizes of models that a CPU decodes, with MLPs four times as wide and Llama-2's vocabulary."""
 SMALL_MODEL_HEADS = (Heads(4, 4, 64), Heads(8, 2, 64), Heads(8, 8, 64), Heads(16, 4, 64), Heads(32, 8, 64), Heads(14, 2, 64))
 LLAMA_2_VOCABULARY = 32000
+FILTERED_ROWS, VOCABULARIES = (1, 4, 16, 64, 127, 128, 256, 512), (LLAMA_2_VOCABULARY, 128_256, 151_936)
+"""PyTorch sorts rows in another way from 128 on. Vocabularies of Llama 2, Llama 3 and Qwen2.5."""
 CPU_MAX_FLOPS, CPU_MAX_BYTES, CPU_MAX_STREAM_BYTES = 5 * 10**10, 2**29, 64 * MIB
 HF_LAUNCHES_PER_LAYER = 42
 """Launches that kvsim/engines/huggingface.py counts in a decoder layer of transformers, of which `host_layer.Layer` is one."""
@@ -57,7 +69,7 @@ def all_points(scope: Scope) -> list[Point]:
         weights += [pair for width in SMALL_MODEL_WIDTHS for pair in _small_model_weights(width)]
         heads += SMALL_MODEL_HEADS
     found = [*_gemms(scope, weights), *_prefills(scope, heads), *_decodes(scope, heads), *_skewed(scope, heads)]
-    found += [*_mixed(scope, heads), *_streams(scope, (4 * KIB, GIB)), *_collectives(scope), *_host()]
+    found += [*_mixed(scope, heads), *_streams(scope, (4 * KIB, GIB)), *_filters(scope), *_collectives(scope), *_host()]
     found += [*engine_points(scope.dtypes[0]), *kernel_points(scope.device_type, scope.device_type == "cpu")]
     return [point for point in dict.fromkeys(found) if scope.device_type == "cuda" or _cpu_can_afford(point)]
 
@@ -87,6 +99,7 @@ def _small(scope: Scope) -> Iterator[Point]:
     yield from _skewed(small, heads[:1], (8,), (64,))
     yield from _mixed(small, heads[:2], (16, 64), (0,), (1, 4), (64,))
     yield from _streams(scope, (4 * KIB, 256 * KIB))
+    yield from _filters(scope, (1, 4), (1000, 4000))
     yield from _host((1, 2, 4))
     yield from engine_points(scope.dtypes[0], (32, 64), (4,), Heads(4, 4, 16))
     yield from kernel_points(scope.device_type, True, sizes=(1, 2))
@@ -114,14 +127,15 @@ def _prefills(
 ) -> Iterator[Point]:  # fmt: skip
     for h, new_tokens, prior_tokens in product(heads, new, prior):
         for dtype in dtypes or scope.dtypes[:2]:
-            op = PrefillAttention(new_tokens, prior_tokens, *h, dtype)
+            op = PrefillAttention(new_tokens, prior_tokens, h.q_heads, h.kv_heads, h.head_dim, dtype)
             yield Point(op, "prefill", TORCH_DTYPES[dtype], weight=1.0 if dtype == scope.dtypes[0] else 0.2)
 
 
 def decode_op(batch: int, h: Heads, context: int, dtype: str, layout: str) -> DecodeAttention:
     """All sequences of one length in an unquantised cache."""
     slot_bytes = 2.0 * h.head_dim * kv_bytes_per_element(dtype)
-    return DecodeAttention(batch, *h, batch * h.kv_heads * context, context, slot_bytes, dtype, layout)
+    slots = batch * h.kv_heads * context
+    return DecodeAttention(batch, h.q_heads, h.kv_heads, h.head_dim, slots, context, slot_bytes, dtype, layout)
 
 
 def layout(scope: Scope) -> str:
@@ -150,7 +164,7 @@ def _skewed(
     for h, batch, context, (pattern, amount) in product(chosen, batches, contexts, patterns):
         lengths = skewed_lengths(pattern, amount, batch, context)
         slots, slot_bytes = h.kv_heads * sum(lengths), 2.0 * h.head_dim * kv_bytes_per_element(dtype)
-        op = DecodeAttention(batch, *h, slots, max(lengths), slot_bytes, dtype, layout(scope))
+        op = DecodeAttention(batch, h.q_heads, h.kv_heads, h.head_dim, slots, max(lengths), slot_bytes, dtype, layout(scope))
         yield Point(op, SKEW, TORCH_DTYPES[dtype], (("pattern", pattern), ("lengths", lengths)), 0.5)
 
 
@@ -175,7 +189,7 @@ def _mixed(
     dtype = scope.dtypes[0]
     chosen = [h for h in heads if h in ((32, 8, 128), (32, 32, 128), (8, 2, 64))] or heads
     for h, new_tokens, prior_tokens, batch, context in product(chosen, new, prior, decodes, contexts):
-        prefill = PrefillAttention(new_tokens, prior_tokens, *h, dtype)
+        prefill = PrefillAttention(new_tokens, prior_tokens, h.q_heads, h.kv_heads, h.head_dim, dtype)
         op = MixedAttention(prefill, decode_op(batch, h, context, dtype, layout(scope)))
         yield Point(op, "mixed", TORCH_DTYPES[dtype], weight=0.7)
 
@@ -192,6 +206,14 @@ def _streams(scope: Scope, ends: tuple[int, int]) -> Iterator[Point]:
             yield Point(Copy("host", size), "host_copy", "uint8", (("direction", direction),), 0.5)
         yield Point(Copy("hbm", size), "device_copy", "uint8", weight=0.3)
         size *= 2
+
+
+def _filters(scope: Scope, rows: Sequence[int] = FILTERED_ROWS, vocabularies: Sequence[int] = VOCABULARIES) -> Iterator[Point]:
+    """Top-k and top-p by PyTorch; rows of other libraries come by `kvsim calibrate import`."""
+    if scope.device_type == "cpu":
+        rows, vocabularies = rows[:3], vocabularies[:2]
+    for which, number, vocabulary in product(("top_k", "top_p", "top_k_top_p"), rows, vocabularies):
+        yield Point(LogitFilter("pytorch", which, number, vocabulary), "logit_filter", "float32", weight=0.3)
 
 
 def _collectives(scope: Scope) -> Iterator[Point]:

@@ -13,6 +13,7 @@ from kvsim.ops import (
     Elementwise,
     Gemm,
     HostWork,
+    LogitFilter,
     MixedAttention,
     Op,
     PolicyKernel,
@@ -22,7 +23,7 @@ from kvsim.ops import (
 TYPES: dict[str, type] = {
     op.kind: op
     for op in (
-        Gemm, PrefillAttention, DecodeAttention, MixedAttention, Elementwise, Collective, Copy, PolicyKernel, HostWork
+        Gemm, PrefillAttention, DecodeAttention, MixedAttention, Elementwise, LogitFilter, Collective, Copy, PolicyKernel, HostWork
     )
 }  # fmt: skip
 

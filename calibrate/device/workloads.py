@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from kvsim.calibrate.device.host_layer import CACHED_TOKENS, HEAD_DIM, HIDDEN, L
 from kvsim.calibrate.device.points import Point
 from kvsim.calibrate.hf_bench import HF_OPS
 from kvsim.dtypes import INT4_GROUP_SIZE
-from kvsim.ops import Copy, DecodeAttention, Elementwise, Gemm, HostWork, MixedAttention, PrefillAttention
+from kvsim.ops import Copy, DecodeAttention, Elementwise, Gemm, HostWork, LogitFilter, MixedAttention, PrefillAttention
 
 FP8_MAX = 448.0
 """Largest number of e4m3."""
@@ -22,6 +23,8 @@ INT4_INNER_K_TILES = 8
 """Of torch's packed int4 weights on a GPU (tinygemm); 2, 4 or 8."""
 LAYER_NORM_ROW = 4096
 PAGE_TOKENS = 16
+TOP_K, TOP_P = 50, 0.9
+"""Of filters; a sort takes as long whatever they are."""
 
 
 class NoSuchUnits(RuntimeError):
@@ -51,6 +54,8 @@ def num_bytes(point: Point) -> int:
         return int(op.bytes_moved)
     if isinstance(op, MixedAttention):
         return int(op.decode.bytes_moved) + 8 * op.prefill.q_heads * op.prefill.head_dim * (op.prefill.new_tokens + op.prefill.prior_tokens)
+    if isinstance(op, LogitFilter):  # logits, what is sorted, int64 places, probabilities, what is put back
+        return 24 * op.rows * op.vocab_size
     return 2 * op.num_bytes if isinstance(op, Copy) else int(getattr(op, "bytes_moved", 2**16))
 
 
@@ -117,7 +122,7 @@ def _prefill_inputs(op: PrefillAttention, make: Maker) -> Inputs:
 
 def prefill(point: Point) -> Work:
     op = _of(point, PrefillAttention)
-    return lambda make: _prefill_inputs(op, make), lambda inputs: attend(*inputs, causal=True), DEVICE
+    return lambda make: _prefill_inputs(op, make), lambda inputs: attend(inputs[0], inputs[1], inputs[2], causal=True), DEVICE
 
 
 def _decode_inputs(op: DecodeAttention, make: Maker) -> Inputs:
@@ -177,10 +182,10 @@ def mixed(point: Point) -> Work:
     op = _of(point, MixedAttention)
     if op.decode.layout == "paged":
         return _variable_length(op)
-    split = 3  # tensors of the prefill
 
     def run(inputs: Inputs) -> Any:
-        return attend(*inputs[:split], causal=True), attend(*inputs[split:])
+        q, k, v, *decode = inputs
+        return attend(q, k, v, causal=True), attend(*decode)
 
     return lambda make: (*_prefill_inputs(op.prefill, make), *_decode_inputs(op.decode, make)), run, DEVICE
 
@@ -201,7 +206,9 @@ def _variable_length(op: MixedAttention) -> Work:
 
     def run(inputs: Inputs) -> Any:
         grouped = op.prefill.q_heads != op.prefill.kv_heads
-        return varlen_attn(*inputs, max(queries), max(keys), window_size=(-1, 0), enable_gqa=grouped)
+        q, k, v, query_starts, key_starts = inputs
+        longest = max(queries), max(keys)
+        return varlen_attn(q, k, v, query_starts, key_starts, *longest, window_size=(-1, 0), enable_gqa=grouped)
 
     return make, run, DEVICE
 
@@ -216,6 +223,23 @@ def elementwise(point: Point) -> Work:
         return lambda make: (make.normal(elements),), lambda inputs: F.silu(*inputs), DEVICE
     row = min(LAYER_NORM_ROW, elements)
     return lambda make: (make.normal(elements // row, row),), lambda inputs: F.layer_norm(inputs[0], (row,)), DEVICE
+
+
+def logit_filter(point: Point) -> Work:
+    """Top-k and top-p as servers on plain PyTorch find them: every row is sorted, masked, and put back."""
+    op = _of(point, LogitFilter)
+
+    def run(inputs: Inputs) -> Any:
+        ordered, places = inputs[0].sort(dim=-1)
+        if op.which.startswith("top_k"):
+            ordered.masked_fill_(ordered < ordered[:, -TOP_K, None], -math.inf)
+        if op.which.endswith("top_p"):
+            unlikely = ordered.softmax(-1).cumsum(-1) <= 1 - TOP_P
+            unlikely[:, -1] = False
+            ordered.masked_fill_(unlikely, -math.inf)
+        return ordered.scatter(-1, places, ordered)
+
+    return lambda make: (make.normal(op.rows, op.vocab_size),), run, DEVICE
 
 
 def device_copy(point: Point) -> Work:
@@ -277,7 +301,7 @@ def _of(point: Point, kind: Any) -> Any:
 WORKS: dict[str, Callable[[Point], Work]] = {
     work.__name__: work
     for work in (
-        gemm, gemm_fp8, gemm_int4, prefill, decode, decode_lengths, mixed, elementwise, device_copy, host_copy, engine,
+        gemm, gemm_fp8, gemm_int4, prefill, decode, decode_lengths, mixed, elementwise, logit_filter, device_copy, host_copy, engine,
         eager_layers,
     )
 }  # fmt: skip

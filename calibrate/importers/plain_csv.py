@@ -8,6 +8,7 @@ Columns by kind (`docs/profiles.md` has an example); lines that begin with # are
 - prefill_attention: ``q_heads, kv_heads, head_dim, new_tokens``; ``batch`` (1), ``context_tokens`` cached before (0), ``kv_dtype``
 - mixed_attention: as prefill, and ``n_decode, decode_context_tokens``
 - elementwise: ``num_bytes``, or ``op, num_tokens`` and ``hidden``, or ``ffn, tp`` (1), with op one of ELEMENTWISE_WIDTHS
+- sampling: ``library, which, rows, vocab_size``, top-k and top-p over fp32 logits
 - all_reduce: ``n_gpu, message_bytes``; ``impl`` holding "eager" for launches outside a CUDA graph
 
 ``engine`` and ``gpu`` say whose rows they are, where a file holds those of several.
@@ -23,7 +24,7 @@ from kvsim.calibrate.rows import SUSPECT_FRAC, Import, impossible
 from kvsim.errors import InputError
 from kvsim.hardware import Gpu
 from kvsim.model import MAX_TP
-from kvsim.ops import Collective, DecodeAttention, Elementwise, Gemm, MixedAttention, Op, PrefillAttention
+from kvsim.ops import Collective, DecodeAttention, Elementwise, Gemm, LogitFilter, MixedAttention, Op, PrefillAttention
 
 TIMES = {"time_us": 1e-6, "time_ms": 1e-3, "time_s": 1.0}
 GEMM_DTYPES = {
@@ -37,6 +38,7 @@ ELEMENTWISE_WIDTHS = {
     "mlp_act": (3, "ffn"), "act_fn": (3, "ffn"),
 }  # fmt: skip
 """op → 16-bit numbers moved per token, in widths of a column (of `ffn` over `tp`): what is read once and written once."""
+FILTER_LIBRARIES, FILTERS = ("pytorch", "triton", "flashinfer"), ("top_k", "top_p", "top_k_top_p")
 MOSTLY = 0.5
 
 
@@ -190,6 +192,14 @@ def _elementwise(cells: Cells) -> Op:
     return Elementwise(name, 2 * tokens * widths * width)
 
 
+def _sampling(cells: Cells) -> Op:
+    library, which = cells.get("library", ""), cells.get("which", "")
+    for name, value, known in (("library", library, FILTER_LIBRARIES), ("which", which, FILTERS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value or 'empty'}, which must be one of {', '.join(known)}")
+    return LogitFilter(library, which, _whole(cells, "rows"), _whole(cells, "vocab_size"))
+
+
 def _all_reduce(cells: Cells) -> Op:
     num_gpus = _whole(cells, "n_gpu", least=2)
     if num_gpus > MAX_TP:
@@ -203,6 +213,7 @@ _MAKERS: dict[str, Callable[[Cells], Op]] = {
     "prefill_attention": _prefill_attention,
     "mixed_attention": _mixed_attention,
     "elementwise": _elementwise,
+    "sampling": _sampling,
     "all_reduce": _all_reduce,
 }
 

@@ -16,6 +16,7 @@ from kvsim.frozen import Frozen
 from kvsim.model import Model
 from kvsim.ops import HostWork, Op
 from kvsim.policies.base import CacheShape
+from kvsim.sampling import passes
 from kvsim.workload_fields import Number
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Engine(Frozen):
     mixes_attention: ClassVar[bool] = True
     """Prompt chunks and decodes share one attention launch."""
     sampler_kernels: ClassVar[tuple[int, ...]] = SAMPLER_KERNELS
-    """fp32 values per logit that each kernel of its sampler reads or writes."""
+    """fp32 values per logit that each kernel of its sampler reads or writes, greedy where engines know more than one way."""
     rotation_passes: ClassVar[int] = 0
     """How often all cached rotary keys are read and written again in a step where a policy moves their positions; 0: attention rotates
     keys as it reads them (FlashInfer's ROPE_LLAMA does), or turns the query in their place, as kvsim's decoder does."""
@@ -158,6 +159,10 @@ class Engine(Frozen):
     def prompt_ops(self, shape: CacheShape, new_tokens: int, prior_tokens: int) -> Sequence[Op]:
         """What it launches beside attention for a prompt chunk of one sequence, in all layers."""
         return ()
+
+    def sampler_ops(self, rows: int, vocab_size: int, head_bytes: int) -> Iterable[Op]:
+        """What turns so many rows of logits into tokens. head_bytes: of an element of the head's output."""
+        return passes(self.sampler_kernels, rows, vocab_size, head_bytes)
 
     def unfused_ops(self, model: Model, tp: int, weight_dtype: str, num_tokens: int) -> Iterable[tuple[int, Op]]:
         """(times launched, Op) of a forward pass beyond those of `kvsim.forward.linear_ops`, whose kernels are fused."""

@@ -13,6 +13,7 @@ looked at again when a request finishes or every 8 decode steps (SGLang: every s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
@@ -22,10 +23,11 @@ from kvsim.cost_types import Chunk
 from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
 from kvsim.engines.scheduler import Scheduler, Step
 from kvsim.model import Model
-from kvsim.ops import HostWork
+from kvsim.ops import HostWork, Op
 from kvsim.policies.compose import CachePlan
 from kvsim.pool import BlockPool
 from kvsim.requests import Request
+from kvsim.sampling import Sampling, by_clients, greedy_note, sampler_ops
 from kvsim.units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -57,6 +59,10 @@ _BY_MEMORY = (
 """ServerArgs._handle_gpu_memory_settings (python/sglang/srt/server_args.py, 0.5.5)."""
 
 
+_PENALTY = (3,)
+"""fp32 values per logit: what has gathered so far is applied to the logits in place, each penalty by itself (sampling/penaltylib)."""
+
+
 class SgLang(Engine):
     """SGLang's runtime with overlap scheduling."""
 
@@ -76,6 +82,14 @@ class SgLang(Engine):
         1.0, gt=0, le=1, description="of GPU memory; mem_fraction_static follows from what the engine reserves"
     )
     overlap_schedule: bool = Field(True, description="the host prepares a batch while the device runs the one before")
+
+    sampling: Sampling = Field(
+        Sampling(), description="what requests ask for: the client's parameters, or the model's generation_config, which the server takes "
+        "where a client says nothing; left out: greedy decoding"
+    )  # fmt: skip
+    sampling_backend: Literal["flashinfer", "pytorch"] = Field(
+        "flashinfer", description="what searches for top-k and top-p; pytorch: a sort, priced as vLLM's"
+    )
 
     capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
     captures_chunks: ClassVar[bool] = False
@@ -115,6 +129,10 @@ class SgLang(Engine):
             return (), tuple(work), ()
         return tuple(work[:2]), (work[2], *work[4:]), (work[3],)
 
+    def sampler_ops(self, rows: int, vocab_size: int, head_bytes: int) -> Iterable[Op]:
+        penalties = _PENALTY * self.sampling.num_penalties
+        return sampler_ops(self.sampling, self.sampling_backend, self.sampler_kernels, penalties, rows, vocab_size, head_bytes)
+
     def memory_lines(self, model: Model, tp: int, weight_dtype: str) -> tuple[MemoryLine, ...]:
         mib = 512 + 1.5 * max(self.prefill_tokens, 2048) + 2 * self.graph_sizes[-1] + 128 * tp
         note = "SGLang's own reckoning: 512 MiB, 1.5 MiB a token of a prefill batch, 2 MiB a captured batch size, 128 MiB a GPU"
@@ -122,6 +140,9 @@ class SgLang(Engine):
             MemoryLine("CUDA context", _CONTEXT_BYTES, "assumed; SGLang reckons with what is free once it is there"),
             MemoryLine(ACTIVATIONS, int(mib * MIB), note),
         )
+
+    def notes(self) -> tuple[str, ...]:
+        return greedy_note(self.sampling)
 
     def flags(self, model: Model, tp: int) -> tuple[str, ...]:
         """Server arguments of SGLang 0.5 (docs.sglang.io, "Server Arguments")."""
@@ -137,6 +158,8 @@ class SgLang(Engine):
             "--disable-radix-cache",
             *(() if pages is None else (f"--max-total-tokens {pages * self.page_size_tokens}",)),
             *(() if self.overlap_schedule else ("--disable-overlap-schedule",)),
+            *(() if self.sampling_backend == "flashinfer" else (f"--sampling-backend {self.sampling_backend}",)),
+            *((f"# clients must ask for: {by_clients(self.sampling)}",) if self.sampling.acts else ()),
             *(("--disable-cuda-graph",) if self.enforce_eager else (f"--cuda-graph-max-bs {self.graph_sizes[-1]}",)),
             static, *self.fork_lines(),
         )  # fmt: skip

@@ -6,7 +6,9 @@ one admitted last is preempted; where none was, the queue's head is admitted whi
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,14 +20,27 @@ from kvsim.engines.vllm_flags import STOCK_KV_DTYPES, shared_flags
 from kvsim.engines.vllm_memory import collective_line, forward_bytes
 from kvsim.errors import InputError
 from kvsim.model import Model
-from kvsim.ops import HostWork
+from kvsim.ops import HostWork, Op
 from kvsim.policies.compose import CachePlan
 from kvsim.pool import BlockPool, PrefixPool
+from kvsim.sampling import Passes, Sampling, by_clients, greedy_note, sampler_ops
 from kvsim.units import GIB
+
+if TYPE_CHECKING:
+    from kvsim.hardware import Gpu
 
 _SAMPLER_BYTES_PER_LOGIT = 26
 """Profile run of the V1 sampler with top-k and top-p (vllm/v1/sample): bf16 logits 2, fp32 copy 4, sorted values 4 and int64
 indices 8, softmax 4, cumulative sum 4."""
+_PENALTIES: Passes = (2, 2.25, 2, 2.25, 2.5, 3, 3, 1.25, 3)
+"""All three where one acts (vllm/model_executor/layers/utils.py of 0.12): zeroed int64 counts and their mask for the prompt, the same for
+the answer, the repetition kernel, counts times the frequency penalty, their subtraction, the mask times the presence penalty, and its
+subtraction. Scatters of the tokens themselves are not counted."""
+_BACKENDS = {
+    "flashinfer": "VLLM_USE_FLASHINFER_SAMPLER=1, the default since April 2026",
+    "triton": "VLLM_USE_FLASHINFER_SAMPLER=0, since February 2026",
+    "pytorch": "as releases before February 2026 have them",
+}
 _NON_TORCH_BYTES = int(0.25 * GIB)
 """cuBLAS workspaces, loaded kernels: engine logs of "non-torch memory" lie between 0.1 and 0.4 GiB; assumed."""
 _GRAPH_BYTES = int(0.5 * GIB)
@@ -54,6 +69,16 @@ class VllmV1(Engine):
         "False: schedule and prepare, then the device, then process outputs",
     )
 
+    sampling: Sampling = Field(
+        Sampling(), description="what requests ask for: the client's parameters, or the model's generation_config, which the server takes "
+        "where a client says nothing; left out: greedy decoding"
+    )  # fmt: skip
+    sampling_backend: Literal["flashinfer", "triton", "pytorch"] = Field(
+        "flashinfer", description="what searches for top-k and top-p: FlashInfer by default since April 2026 (pull request 40376), Triton "
+        "from 8 sequences on since February 2026 (33538), PyTorch's sort before; triton where it is left out on another vendor's GPU"
+    )  # fmt: skip
+
+    sampler_kernels: ClassVar[tuple[int, ...]] = (1, 1)
     serves: ClassVar[bool] = True
     command: ClassVar[str] = "vllm serve"
     stock_kv_dtypes: ClassVar[tuple[str, ...]] = STOCK_KV_DTYPES
@@ -85,6 +110,17 @@ class VllmV1(Engine):
             return (), (*before, *beside, *after), ()
         return tuple(before), tuple(beside), tuple(after)
 
+    def for_gpu(self, gpu: Gpu, tp: int) -> VllmV1:
+        if gpu.compute_capability is not None or self.sampling_backend != "flashinfer":
+            return self
+        if "sampling_backend" in self.model_fields_set:
+            raise InputError("engine.sampling_backend", "flashinfer", f"must be triton or pytorch on {gpu.name}", "FlashInfer is for CUDA")
+        return self.model_copy(update={"sampling_backend": "triton"})
+
+    def sampler_ops(self, rows: int, vocab_size: int, head_bytes: int) -> Iterable[Op]:
+        penalties = _PENALTIES if self.sampling.num_penalties else ()
+        return sampler_ops(self.sampling, self.sampling_backend, self.sampler_kernels, penalties, rows, vocab_size, head_bytes)
+
     def memory_lines(self, model: Model, tp: int, weight_dtype: str) -> tuple[MemoryLine, ...]:
         tokens = self.max_num_batched_tokens
         sampler = min(self.max_num_seqs, tokens) * model.vocab_size * _SAMPLER_BYTES_PER_LOGIT
@@ -110,8 +146,24 @@ class VllmV1(Engine):
             "--enable-prefix-caching" if self.enable_prefix_caching else "--no-enable-prefix-caching",
             "--async-scheduling" if self.async_scheduling else "--no-async-scheduling",
             *(() if self.reserve_full_prompt else ("--no-scheduler-reserve-full-isl",)),
+            *self.sampling_flags(),
             *self.fork_lines(),
         )
+
+    def sampling_flags(self) -> tuple[str, ...]:
+        """What answers are drawn by where clients say nothing; they may say otherwise."""
+        sampling, backend = self.sampling, self.sampling_backend
+        lines = [] if backend == "flashinfer" and not sampling.acts else [f"# top-k and top-p: {_BACKENDS[backend]}"]
+        if sampling.acts:
+            chosen = {"temperature": sampling.temperature, "top_k": sampling.top_k or -1, "top_p": sampling.top_p,
+                      "repetition_penalty": sampling.repetition_penalty}  # fmt: skip
+            lines += ["--generation-config vllm", f"--override-generation-config '{json.dumps(chosen)}'"]
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            lines.append(f"# clients must ask for: {by_clients(sampling, 'presence_penalty', 'frequency_penalty')}")
+        return tuple(lines)
+
+    def notes(self) -> tuple[str, ...]:
+        return greedy_note(self.sampling)
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
         recalls = self.enable_prefix_caching and plan.composition.blocks_shareable and plan.prefill_units_per_block == 1

@@ -19,6 +19,7 @@ from kvsim.ops import (
     Elementwise,
     Gemm,
     HostWork,
+    LogitFilter,
     MixedAttention,
     PrefillAttention,
 )
@@ -88,6 +89,8 @@ def _split(label: str, compute_frac: Mapping[str, float]) -> Iterator[tuple[Bind
     if label in compute_frac:
         yield COMPUTE, compute_frac[label]
         yield HBM, 1 - compute_frac[label]
+    elif label == LogitFilter.kind:  # searches and sorts walk rows at the multiprocessors' pace
+        yield COMPUTE, 1.0
     elif label in (Collective.kind, Copy.kind):
         yield LINK, 1.0
     elif label == HostWork.kind:

@@ -116,7 +116,7 @@ def test_a_killed_run_goes_on_and_its_profile_drops_into_a_scenario(tmp_path, mo
     keys = [row["key"] for row in rows if row["status"] != "probe"]
     assert len(keys) == len(set(keys)) > len(before) - 3 and set(keys) <= {point.key for point in all_points(Scope("cpu", "small"))}
     assert {row["op"]["kind"] for row in rows if row["status"] == "ok"} == {
-        "gemm", "prefill_attention", "decode_attention", "mixed_attention", "elementwise", "copy", "policy", "host"
+        "gemm", "prefill_attention", "decode_attention", "mixed_attention", "elementwise", "sampling", "copy", "policy", "host"
     }  # fmt: skip
     assert sorted(path.name for path in out.iterdir()) == ["device.yaml", "kernels.json", "profile.json", "report.md", "rows.jsonl"]
     assert {row["kernel"] for row in json.loads((out / "kernels.json").read_text())["rows"]} >= {"compact", "select", "kv_quantize"}
@@ -364,7 +364,8 @@ def test_points_are_what_the_cost_model_asks(device_type):
     points = all_points(Scope(device_type, "full", 8))
     assert len({point.key for point in points}) == len(points)
     assert {point.op.kind for point in points} == {
-        "gemm", "prefill_attention", "decode_attention", "mixed_attention", "elementwise", "collective", "copy", "policy", "host"
+        "gemm", "prefill_attention", "decode_attention", "mixed_attention", "elementwise", "sampling", "collective", "copy", "policy",
+        "host",
     }  # fmt: skip
     for point in points[:: max(1, len(points) // 400)]:
         assert op_from_json(json.loads(json.dumps(op_to_json(point.op)))) == point.op
