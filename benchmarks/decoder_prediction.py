@@ -54,6 +54,9 @@ TOUCHED = (4, 2**22)
 """Tensors, and fp32 elements of one: pages of the heap that the study gives back between its cases (`PeakMemory`)."""
 
 
+STEP_KINDS = ("decode", "chunk", "chunk beside decodes")
+
+
 class Mixed(Study):
     """The fitted models' cases and the unseen one's, in one order."""
 
@@ -231,9 +234,11 @@ def measure_round(study: Study, folder: Path, number: int, device: torch.device,
 
 
 def step_ratios(served: Sequence[Served]) -> dict[str, float]:
-    """Simulated over measured mean duration of the steps of one policy: at the measured mix of batches, where they only decode."""
+    """Simulated over measured mean duration of the steps of one policy: at the measured mix of batches, where they only decode, and of
+    each of these batches.
+    """
     found: dict[str, float] = {}
-    for kind in ("decode", "chunk", "chunk beside decodes"):
+    for kind in STEP_KINDS:
         seconds: list[dict[int, tuple[float, int]]] = []
         for side in (1, 0):
             sums: dict[int, tuple[float, int]] = {}
@@ -251,6 +256,8 @@ def step_ratios(served: Sequence[Served]) -> dict[str, float]:
         shared = said.keys() & real.keys()
         predicted = sum(said[batch][0] / said[batch][1] * real[batch][1] for batch in shared)
         found[kind] = predicted / sum(real[batch][0] for batch in shared)
+        if kind == "decode":
+            found |= {f"decode {batch}": said[batch][0] / said[batch][1] / real[batch][0] * real[batch][1] for batch in sorted(shared)}
     return found
 
 
@@ -306,7 +313,7 @@ def main() -> int:
     for policy, values in ratios.items():
         print(policy, {name: round(values[name], 3) for name in ("ttft", "tpot", "e2e")},
               "TPOT by round", [round(one["tpot"], 3) for one in values["by_round"]],
-              {name: round(value, 3) for name, value in values["steps"].items()})  # fmt: skip
+              {name: round(values["steps"][name], 3) for name in STEP_KINDS})  # fmt: skip
     worst = max(abs(values[name] - 1) for values in ratios.values() for name in ("ttft", "tpot"))
     print(f"decode steps of the unseen model: median error {steps:.1%} (bar {MEDIAN_BAR:.0%}); served means off by at most {worst:.1%} "
           f"(bar {SERVE_BAR:.0%})")  # fmt: skip
