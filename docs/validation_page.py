@@ -135,8 +135,8 @@ TAIL = """
   quick, a T4 39-47 %, an L40S 48 %, an L4 about twice as quick; A100s are 5-23 % too slow.
 - **Copies within a GPU** are 0-21 % too quick: the efficiency is that of large additions, 91 %, and copies reach 75-90 % of the datasheet.
 - **Qwen2.5-7B on an A10G**, 16 % too quick a decode step, which misses its bar. The step grows by 3.6 ms for 1.75 GB more cache, 489 GB/s
-  of 600, so the card is as quick as kvsim takes it to be. Top-k, top-p and the repetition penalty of the model's generation_config, which
-  that server took, are 0.6 ms of it; some 5 ms that depend on nothing are missing. vLLM's own Python takes 0.8 ms a step (measured on a
+  of 600, so the card is as quick as kvsim takes it to be. Top-k, top-p and the repetition penalty of the model's generation_config, the
+  last of which was on, are 0.6 ms of it; some 5 ms that depend on nothing are missing. vLLM's own Python takes 0.8 ms a step (measured on a
   CPU). TTFT from 2,048 tokens up is within 5 %. Llama-3-8B on another A10G is within 2 % alone.
 - **Models below 1B on an L4** are 12-36 % too quick up to 32 users: hundreds of launches of a few microseconds make the step, and their
   latencies come from larger GPUs. With the sampling of Qwen2.5's generation_config (repetition penalty 1.1), if the client left it to

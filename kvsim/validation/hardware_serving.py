@@ -27,7 +27,7 @@ BY_SETTING = "serving by setting"
 V1 = {"kind": "vllm_v1", "enable_prefix_caching": False}
 A10G = "github.com/mapathak-commits/inference-wall, 08-flash-attention: vLLM 0.11.0, Qwen2.5-7B, one stream, chunks of 2,048"
 QWEN25_SAMPLING = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
-"""Of Qwen2.5-7B-Instruct's generation_config, which that server's log says it took."""
+"""Of Qwen2.5-7B-Instruct's generation_config, whose repetition penalty was on in that run; vLLM takes the file as a whole."""
 A10G_PROMPTS = {
     257: (116.0, 33.76), 1025: (280.0, 33.68), 2050: (502.0, 33.86), 4097: (992.0, 34.20), 8193: (2067.0, 34.96),
     16385: (4591.0, 35.81), 24577: (7620.0, 36.81), 30720: (10181.0, 37.33),
