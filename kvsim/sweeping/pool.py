@@ -114,9 +114,9 @@ class _Worker:
         return message
 
     def stop(self) -> None:
-        self.connection.close()
         if not self.is_dead:
             self.process.terminate()
+        self.connection.close()
         self.process.join()
 
     def _send(self, case: Work) -> None:
@@ -126,15 +126,18 @@ class _Worker:
 
 
 def _serve(connection: Connection) -> None:
-    """A worker's life. What it has loaded and worked out (profiles, catalogues) serves all of its cases."""
+    """A worker's life. What it has loaded and worked out (profiles, catalogues) serves all of its cases.
+
+    It ends without a word when the parent is gone, whether it was asking (end of file, or a reset where an answer lay unread) or answering.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    connection.send(_READY)
-    while True:
-        try:
-            work = connection.recv()
-        except EOFError:
-            return
-        connection.send(simulate_case(work))
+    try:
+        connection.send(_READY)
+        while True:
+            row = simulate_case(connection.recv())
+            connection.send(row)
+    except (EOFError, ConnectionError):
+        return
 
 
 def _end_with_parent() -> None:

@@ -22,6 +22,7 @@ import kvsim
 from kvsim.errors import InputError, KvsimError
 from kvsim.sweeping import folder as folders
 from kvsim.sweeping.folder import SweepFolder, read_journal
+from kvsim.sweeping.pool import _serve
 from kvsim.sweeping.rows import COLUMNS, simulate_case
 from kvsim.sweeping.run import Outcome, run_sweep
 from kvsim.sweeping.spec import load_sweep
@@ -141,6 +142,20 @@ def test_a_worker_that_dies_costs_one_case(tmp_path: Path) -> None:
     assert again.num_simulated == 1 and again.by_status == {"ok": 80}
     run(data, tmp_path / "b", jobs=1)
     assert table_bytes(tmp_path / "a") == table_bytes(tmp_path / "b")
+
+
+@pytest.mark.parametrize("closed_while", ["asking", "answering"])
+def test_a_worker_whose_parent_hangs_up_says_nothing(closed_while: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Asking: its answer lies unread, so the pipe is reset. Answering: nobody is there to write to."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    worker = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,))
+    worker.start()
+    theirs.close()
+    if closed_while == "asking":
+        assert ours.poll(60)
+    ours.close()
+    worker.join(60)
+    assert worker.exitcode == 0 and capfd.readouterr() == ("", "")
 
 
 def test_a_script_without_a_main_guard_is_told(tmp_path: Path) -> None:
