@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ slo: {ttft_p99_s: 2.0}
 plan: {target_rate_per_s: 40}
 """
 ENOUGH_S = 60
+
+
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """Jobs in the background of a script ignore Ctrl-C, and so would these tests and all that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def members(session: int) -> list[int]:
