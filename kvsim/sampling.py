@@ -7,6 +7,7 @@ the tokens of prompt and answer over it: at large batches and by a sort they tak
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
@@ -68,6 +69,13 @@ class Sampling(Frozen):
     def acts(self) -> bool:
         """Whether it is more than greedy decoding."""
         return self.temperature > 0 or self.num_penalties > 0
+
+
+RequestedSampling = Annotated[Sampling, Field(
+    description="what requests ask for: the client's parameters, or the model's generation_config, which the server takes where a client "
+    "says nothing; left out: greedy decoding"
+)]  # fmt: skip
+"""The engines' field."""
 
 
 def by_clients(sampling: Sampling, *names: str) -> str:

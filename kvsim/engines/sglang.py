@@ -27,7 +27,7 @@ from kvsim.ops import HostWork, Op
 from kvsim.policies.compose import CachePlan
 from kvsim.pool import BlockPool
 from kvsim.requests import Request
-from kvsim.sampling import Sampling, by_clients, greedy_note, sampler_ops
+from kvsim.sampling import RequestedSampling, Sampling, by_clients, greedy_note, sampler_ops
 from kvsim.units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -83,10 +83,7 @@ class SgLang(Engine):
     )
     overlap_schedule: bool = Field(True, description="the host prepares a batch while the device runs the one before")
 
-    sampling: Sampling = Field(
-        Sampling(), description="what requests ask for: the client's parameters, or the model's generation_config, which the server takes "
-        "where a client says nothing; left out: greedy decoding"
-    )  # fmt: skip
+    sampling: RequestedSampling = Sampling()
     sampling_backend: Literal["flashinfer", "pytorch"] = Field(
         "flashinfer", description="what searches for top-k and top-p; pytorch: a sort, priced as vLLM's"
     )

@@ -23,7 +23,7 @@ from kvsim.model import Model
 from kvsim.ops import HostWork, Op
 from kvsim.policies.compose import CachePlan
 from kvsim.pool import BlockPool, PrefixPool
-from kvsim.sampling import Passes, Sampling, by_clients, greedy_note, sampler_ops
+from kvsim.sampling import Passes, RequestedSampling, Sampling, by_clients, greedy_note, sampler_ops
 from kvsim.units import GIB
 
 if TYPE_CHECKING:
@@ -69,10 +69,7 @@ class VllmV1(Engine):
         "False: schedule and prepare, then the device, then process outputs",
     )
 
-    sampling: Sampling = Field(
-        Sampling(), description="what requests ask for: the client's parameters, or the model's generation_config, which the server takes "
-        "where a client says nothing; left out: greedy decoding"
-    )  # fmt: skip
+    sampling: RequestedSampling = Sampling()
     sampling_backend: Literal["flashinfer", "triton", "pytorch"] = Field(
         "flashinfer", description="what searches for top-k and top-p: FlashInfer by default since April 2026 (pull request 40376), Triton "
         "from 8 sequences on since February 2026 (33538), PyTorch's sort before; triton where it is left out on another vendor's GPU"
