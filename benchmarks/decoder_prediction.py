@@ -21,7 +21,7 @@ import pickle
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import exp
 from pathlib import Path
@@ -29,7 +29,6 @@ from statistics import mean, median
 from time import monotonic
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
@@ -38,10 +37,11 @@ from kvsim.calibrate.decode_command import ENGINE, device_gpu, error_lines, pick
 from kvsim.calibrate.decoder.studies import BLOCK_TOKENS, CPU_UNSEEN, cpu_study
 from kvsim.calibrate.decoder.study import Case, Study, measured_rows, measuring, open_rows, step_times
 from kvsim.calibrate.device.rows_file import RowFile
-from kvsim.calibrate.rows import Import, MeasuredRow
+from kvsim.calibrate.rows import Import, MeasuredRow, at_means
 from kvsim.calibrate.serve_command import Live, Served, serve_live, simulate_served
 from kvsim.hardware import Gpu
 from kvsim.profiles import load_profile
+from kvsim.recording import RunLog
 from kvsim.scenario import Scenario, parse_scenario
 
 BATCHES, CONTEXTS, CHUNKS, PRIORS = (5, 7), (150, 350, 800), (40, 150), (0, 300)
@@ -52,8 +52,6 @@ SERVER_TURN_S, STUDY_TURN_S = 2.0, 8.0
 """Some 70 steps, of which the first finds the caches as others left them. A server takes some 25 s of a round, the study 390."""
 TOUCHED = (4, 2**22)
 """Tensors, and fp32 elements of one: pages of the heap that the study gives back between its cases (`PeakMemory`)."""
-
-
 STEP_KINDS = ("decode", "chunk", "chunk beside decodes")
 
 
@@ -77,7 +75,7 @@ def unseen_study(study: Study) -> Study:
     """The unseen model at batches, contexts and chunks that no other case has."""
     fields = {name: getattr(study, name) for name in Study.__dataclass_fields__}
     sizes = {"batches": BATCHES, "contexts": CONTEXTS, "chunks": CHUNKS, "priors": PRIORS}
-    return Study(**{**fields, "models": {CPU_UNSEEN.name: CPU_UNSEEN}, **sizes})
+    return Study(**{**fields, "models": {CPU_UNSEEN.name: CPU_UNSEEN}, "chunk_stride": 1, **sizes})
 
 
 class Server(threading.Thread):
@@ -146,13 +144,8 @@ def by_turns(servers: Sequence[Callable[[Callable[[], None]], Live]], cases: Ite
 
 
 def rows_of(files: Sequence[RowFile]) -> list[MeasuredRow]:
-    """Of the seen models, each the mean of its rounds."""
-    found: dict[str, list[MeasuredRow]] = defaultdict(list)
-    for file in files:
-        for row in measured_rows(file):
-            if not row.where.startswith(f"{CPU_UNSEEN.name}/"):
-                found[row.where].append(row)
-    return [rows[0]._replace(seconds=mean(row.seconds for row in rows)) for rows in found.values()]
+    """Of the seen models, all rounds together."""
+    return at_means([row for file in files for row in measured_rows(file) if not row.where.startswith(f"{CPU_UNSEEN.name}/")])
 
 
 def unseen_rounds(files: Sequence[RowFile]) -> dict[str, list[float]]:
@@ -233,32 +226,32 @@ def measure_round(study: Study, folder: Path, number: int, device: torch.device,
     return file, lives
 
 
+def step_durations(logs: Iterable[RunLog]) -> dict[tuple[str, int], tuple[float, int]]:
+    """(picoseconds, steps) by kind and, of steps that only decode, by batch."""
+    found: dict[tuple[str, int], tuple[float, int]] = {}
+    for log in logs:
+        steps = log.step_columns()
+        number, chunks = steps["num_steps"], steps["prefill_tokens"] > 0
+        lasted_ps = steps["first_step_ps"] * number + steps["step_growth_ps"] * number * (number - 1) // 2
+        columns = chunks, steps["num_decodes"], lasted_ps, number
+        for chunk, decodes, ps, count in zip(*(column.tolist() for column in columns), strict=True):
+            key = ("decode", decodes) if not chunk else ("chunk beside decodes" if decodes else "chunk", 0)
+            before_ps, before = found.get(key, (0.0, 0))
+            found[key] = before_ps + ps, before + count
+    return found
+
+
 def step_ratios(served: Sequence[Served]) -> dict[str, float]:
-    """Simulated over measured mean duration of the steps of one policy: at the measured mix of batches, where they only decode, and of
-    each of these batches.
+    """Simulated over measured mean duration of the steps of one policy, by kind: at the measured mix of batches, where they only decode,
+    and of each of these batches.
     """
+    real, said = (step_durations(one.logs[side] for one in served) for side in (0, 1))
+    predicted_ps = {key: said[key][0] / said[key][1] * real[key][1] for key in sorted(real.keys() & said.keys())}
     found: dict[str, float] = {}
     for kind in STEP_KINDS:
-        seconds: list[dict[int, tuple[float, int]]] = []
-        for side in (1, 0):
-            sums: dict[int, tuple[float, int]] = {}
-            for one in served:
-                steps = one.logs[side].step_columns()
-                long, number = steps["num_steps"], steps["num_decodes"]
-                total = steps["first_step_ps"] * long + steps["step_growth_ps"] * long * (long - 1) // 2
-                kinds = np.where(steps["prefill_tokens"] == 0, "decode", np.where(number == 0, "chunk", "chunk beside decodes"))
-                for batch in np.unique(number[kinds == kind]).tolist() if kind == "decode" else (0,):
-                    rows = (kinds == kind) & ((number == batch) | (kind != "decode"))
-                    before = sums.get(batch, (0.0, 0))
-                    sums[batch] = before[0] + float(total[rows].sum()), before[1] + int(long[rows].sum())
-            seconds.append(sums)
-        said, real = seconds
-        shared = said.keys() & real.keys()
-        predicted = sum(said[batch][0] / said[batch][1] * real[batch][1] for batch in shared)
-        found[kind] = predicted / sum(real[batch][0] for batch in shared)
-        if kind == "decode":
-            found |= {f"decode {batch}": said[batch][0] / said[batch][1] / real[batch][0] * real[batch][1] for batch in sorted(shared)}
-    return found
+        keys = [key for key in predicted_ps if key[0] == kind]
+        found[kind] = sum(predicted_ps[key] for key in keys) / sum(real[key][0] for key in keys)
+    return found | {f"decode {batch}": ps / real[kind, batch][0] for (kind, batch), ps in predicted_ps.items() if kind == "decode"}
 
 
 def serve_ratios(served: Sequence[Served]) -> dict[str, Any]:

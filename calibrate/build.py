@@ -54,14 +54,16 @@ def size_classes(gpu: Gpu, rows: Sequence[MeasuredRow]) -> list[str]:
 def error_classes(gpu: Gpu, fit: Fit) -> dict[tuple[str, str], ErrorClass]:
     """Quantiles of the held-out errors by (kind, size class), every shape counting the same."""
     residuals: dict[tuple[str, str], list[tuple[float, object]]] = {}
-    for (kind, _, _), table in fit.tables.items():
+    for key, table in fit.tables.items():
         for name, row, residual in zip(size_classes(gpu, table.rows), table.rows, table.residuals, strict=True):
-            residuals.setdefault((kind, name), []).append((float(residual), shape_group(row.op)))
+            own = locate(row.op, gpu.num_sms)[:3]
+            if own == key or own not in fit.tables:  # a pooled table does not answer for what has its own
+                residuals.setdefault((key[0], name), []).append((float(residual), shape_group(row.op)))
     found = {}
-    for key, pairs in sorted(residuals.items()):
+    for size_class, pairs in sorted(residuals.items()):
         values = np.array([value for value, _ in pairs])
         shapes = {group for _, group in pairs}
-        found[key] = ErrorClass(bias_quantiles(values), len(values), len(shapes), mape_p90(values)[0])
+        found[size_class] = ErrorClass(bias_quantiles(values), len(values), len(shapes), mape_p90(values)[0])
     return found
 
 

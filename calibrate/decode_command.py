@@ -16,7 +16,7 @@ from kvsim.calibrate.decoder.heap import keep_pages
 from kvsim.calibrate.decoder.predict import Predictor
 from kvsim.calibrate.decoder.studies import cpu_study, gpu_study
 from kvsim.calibrate.decoder.study import Case, Study, ended_cases, measure, measured_rows, open_rows, step_times
-from kvsim.calibrate.rows import Import
+from kvsim.calibrate.rows import Import, at_means
 from kvsim.errors import InputError
 from kvsim.hardware import Gpu, load_gpu
 from kvsim.profile import Profile
@@ -89,7 +89,7 @@ def run_study(
 def conclude(study: Study, device: torch.device, folder: Path, command: str) -> Calibrated:
     """Fits the rows, writes the profile, and asks it for the steps that were measured as a whole."""
     gpu, file = device_gpu(folder), open_rows(folder, study, device)
-    rows = measured_rows(file)
+    rows = at_means(measured_rows(file))
     if len(rows) < 2:
         raise InputError("--out", str(folder), f"must hold at least two measured rows, has {len(rows)}", "give it more time")
     found = Import(ENGINE, torch.__version__.partition("+")[0], f"kvsim calibrate decode on {gpu.name}", rows)

@@ -11,7 +11,7 @@ from scipy.optimize import least_squares
 
 from kvsim.calibrate.grid import TermSpec, evaluate, fit_correction
 from kvsim.calibrate.rows import MeasuredRow, shape_group
-from kvsim.coordinates import AXES, Place, locate
+from kvsim.coordinates import AXES, POOLED, Place, locate
 from kvsim.correction import Correction
 from kvsim.datasheet import DatasheetProfile
 from kvsim.efficiencies import Efficiencies, load_efficiencies
@@ -57,7 +57,7 @@ PHYSICS: Mapping[tuple[str, str], Bounds] = {
     **{(Gemm.kind, dtype): {f"gemm.{dtype}.{n}": b for n, b in _GEMM.items()} for dtype in ("16bit", "fp8", "int8", "int4")},
     (Gemm.kind, "fp32"): {
         **{f"gemm.fp32.{n}": b for n, b in _GEMM.items()},
-        "gemm.fp32.tile_reads": (0.7, 0.3, 1.0), "gemm.fp32.packed_reads": (1.5, 1.0, 8.0),
+        "gemm.fp32.second_tile_reads": (0.7, 0.3, 1.0), "gemm.fp32.tile_reads": (0.5, 0.2, 1.0), "gemm.fp32.packed_reads": (1.0, 0.0, 8.0),
     },
     (DecodeAttention.kind, "16bit"): _ATTENTION[DecodeAttention.kind],
     (DecodeAttention.kind, "fp8"): {"decode_attention.memory_frac.fp8": (0.7, 0.1, 1.05)},
@@ -81,7 +81,7 @@ PHYSICS: Mapping[tuple[str, str], Bounds] = {
         }
         for link in ("link", "pcie") for mode in ("graph", "eager")
     },
-    (Elementwise.kind, ""): {
+    (Elementwise.kind, POOLED): {
         "elementwise.launch_cycles": (4000.0, 100.0, 40000.0), "elementwise.memory_frac": (0.7, 0.1, 1.0),
     },
     (Copy.kind, "host"): {"copy.launch_s": (5e-6, 1e-7, 1e-4), "copy.host_frac": (0.85, 0.05, 1.05)},
@@ -155,17 +155,19 @@ def fit_rows(gpu: Gpu, rows: Sequence[MeasuredRow], folds: int = FOLDS, sparse: 
     """
     by_table: dict[TableKey, list[tuple[Place, MeasuredRow]]] = {}
     for row in rows:
-        place = locate(row.op, gpu.num_sms)
-        by_table.setdefault(place[:3], []).append((place, row))
+        own = locate(row.op, gpu.num_sms)
+        for place in {own, own._replace(variant=POOLED)} if own.kind == Elementwise.kind else {own}:
+            by_table.setdefault(place[:3], []).append((place, row))
     by_table = {key: found for key, found in by_table.items() if len(found) >= 2}
     base = load_efficiencies()
-    physics = fit_physics(gpu, base, [row for found in by_table.values() for _, row in found])
+    answered = {row.op for found in by_table.values() for _, row in found}
+    physics = fit_physics(gpu, base, [row for row in rows if row.op in answered])
     fitted = base.replaced(physics)
     tables = {}
     for key, found in sorted(by_table.items()):
         chosen = [row for _, row in found]
         places = np.array([place.at for place, _ in found])
-        specs = term_specs(key[0], places, len(chosen) if sparse else None)
+        specs = term_specs(key[0], places, len({row.op for row in chosen}) if sparse else None)
         groups: list[object] = [shape_group(row.op) for row in chosen]
         if sparse and len(set(groups)) == 1:
             groups = [row.op for row in chosen]
@@ -215,7 +217,8 @@ def _fit_constants(
 
     start, low, high = (np.array([bound[i] for bound in bounds.values()]) / scale for i in range(3))
     best = least_squares(residual, start, bounds=(low, high), loss="soft_l1", f_scale=SOFT_L1_SCALE, max_nfev=60)
-    return values(best.x), float(best.cost)
+    told = np.abs(best.jac).max(axis=0) > 0.0  # what no row says anything about may have drifted
+    return values(np.where(told, best.x, start)), float(best.cost)
 
 
 def _is(row: MeasuredRow, kind: str, variant: str, gpu: Gpu) -> bool:
@@ -223,6 +226,8 @@ def _is(row: MeasuredRow, kind: str, variant: str, gpu: Gpu) -> bool:
     place = locate(row.op, gpu.num_sms)
     if place.kind != kind:
         return False
+    if isinstance(row.op, Elementwise):
+        return True
     if isinstance(row.op, Collective):
         link = "link" if gpu.has_gpu_link else "pcie"
         return variant == f"{link} {'eager' if row.op.eager else 'graph'}"

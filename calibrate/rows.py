@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import NamedTuple
 
 from kvsim.dtypes import matrix_bytes
@@ -118,6 +119,18 @@ def shape_group(op: Op) -> tuple[object, ...]:
     if isinstance(op, Collective):
         return (op.message_bytes,)
     return (op.bytes_moved,) if isinstance(op, Elementwise | PolicyKernel) else (op,)
+
+
+def at_means(rows: Sequence[MeasuredRow]) -> list[MeasuredRow]:
+    """The same rows, each with the mean time of all rows of its Op.
+
+    Steps are sums, so a fit should give the mean of what an Op takes. Fitted to the logarithms of single times it gives less, the
+    more they scatter.
+    """
+    times: dict[Op, list[float]] = {}
+    for row in rows:
+        times.setdefault(row.op, []).append(row.seconds)
+    return [row._replace(seconds=fmean(times[row.op])) for row in rows]
 
 
 def without_suspect(rows: Sequence[MeasuredRow], rejected: Iterable[Rejected]) -> tuple[list[MeasuredRow], list[str]]:

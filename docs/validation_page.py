@@ -136,17 +136,17 @@ TAIL = """
 - **Copies within a GPU** are 0-21 % too quick: the efficiency is that of large additions, 91 %, and copies reach 75-90 % of the datasheet.
 - **Qwen2.5-7B on an A10G**, 16 % too quick a decode step, which misses its bar. The step grows by 3.6 ms for 1.75 GB more cache, 489 GB/s
   of 600, so the card is as quick as kvsim takes it to be. Top-k, top-p and the repetition penalty of the model's generation_config, the
-  last of which was on, are 0.6 ms of it; some 5 ms that depend on nothing are missing. vLLM's own Python takes 0.8 ms a step (measured on a
-  CPU). TTFT from 2,048 tokens up is within 5 %. Llama-3-8B on another A10G is within 2 % alone.
+  last of which was on, are in the price, a small part of it; some 5 ms that depend on nothing are missing. vLLM's own Python takes 0.8
+  ms a step (measured on a CPU). TTFT from 2,048 tokens up is within 5 %. Llama-3-8B on another A10G is within 2 % alone.
 - **Models below 1B on an L4** are 12-36 % too quick up to 32 users: hundreds of launches of a few microseconds make the step, and their
-  latencies come from larger GPUs. With the sampling of Qwen2.5's generation_config (repetition penalty 1.1), if the client left it to
-  the server, steps would be 9-13 % too quick up to 8 users and 4-22 % too slow at 16 and 32. A 1.7B model is within 11 % from 1 to 512.
+  latencies come from larger GPUs. If the client left sampling to the server, a repetition penalty (Qwen2.5's generation_config) would
+  account for much of it up to 8 users, and be too much at 16 and 32. A 1.7B model is within 11 % from 1 to 512.
 - **How tokens are drawn** is stated by few sources, and greedy decoding is simulated where it is not. `vllm bench serve` asked for it until
   January 2026 (pull request 32723), but for penalties of the model's generation_config; since then, as with most other clients, all of
-  that file counts. Top-k and top-p take 11 % of ShareGPT's throughput in kvsim where PyTorch sorts for them (Llama-3.1-8B on an H100,
+  that file counts. Top-p takes 9 % of ShareGPT's throughput in kvsim where PyTorch sorts for it (Llama-3.1-8B on an H100,
   1,000 requests at once), 3.3 ms a request; vLLM's own test, whose GPU and model are not stated, went from 47.4 to 40.2 requests a second
-  (pull request 11394), 3.8 ms a request, and to 47.2 by FlashInfer's kernel, 0.1 ms in both. The host's part of penalties, a tensor of
-  all answers so far in every step, is not priced, and the sort's memory only as 26 bytes a logit of the profile run.
+  (pull request 11394), 3.8 ms a request, and to 47.2 by FlashInfer's kernel, 0.1 ms (0.01 in kvsim). The host's part of penalties, a
+  tensor of all answers so far in every step, is not priced, and the sort's memory only as 26 bytes a logit of the profile run.
 - **vLLM V0 as a server, 0.5.4** (Lambda's runs of Mistral-7B). 320 requests at once are 1.5 to 2.7 times too quick, ten requests 13-21 %
   a token on one GPU. What is missing does not depend on the device: 20, 21, 19 and 19 s of a run on 1, 2, 4 and 8 A100s, 7-8 s on H100s of
   another host; 0.27 and 0.11 ms for each of 71,545 tokens. kvsim's host work of V0 was measured on 0.6.0's engine alone, called in

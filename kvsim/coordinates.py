@@ -46,6 +46,10 @@ Of policy kernels: bytes of one launch, and 1 + FLOPs / bytes. count: sequences,
 OWN_KINDS = (LogitFilter.kind, PolicyKernel.kind, Copy.kind, HostWork.kind)
 """Kinds that only a device's own calibration holds. No other GPU's tables are asked, and errors are kept by variant."""
 
+POOLED = ""
+"""Variant of the table that all element-wise kernels share, whatever their name."""
+ELEMENTWISE_NAMES = ("norm", "qk_norm", "rope_and_kv_write", "activation", "embedding", "sampler")
+"""Kernels of a forward pass, which may have tables of their own beside it."""
 GEMM_CLASSES = {"fp32": "fp32", "fp16": "16bit", "bf16": "16bit", "fp8": "fp8", "int8": "int8", "int4": "int4"}
 KV_CLASSES = {"fp16": "16bit", "bf16": "16bit", "fp8": "fp8", "fp8_e4m3": "fp8", "fp8_e5m2": "fp8"}
 """Formats that share tables; others (fp32, int4, kivi2, bf16+think80) have their own, or are carried from 16 bits by the physics."""
@@ -55,7 +59,7 @@ class Place(NamedTuple):
     """kind, then what splits its rows into tables: dtype class, head_dim, or collective and number of GPUs."""
 
     kind: str
-    variant: str  # "16bit", "fp8", ...; "" where dtype does not matter; "all_reduce graph" for collectives; else what runs
+    variant: str  # "16bit", "fp8", ...; of element-wise Ops a name, or POOLED; "all_reduce graph" for collectives; else what runs
     size: int  # head_dim, or number of GPUs; 0 where neither matters
     at: tuple[float, ...]  # log2 along AXES[kind]
 
@@ -83,7 +87,8 @@ def locate(op: Op, num_sms: int) -> Place:
         )  # fmt: skip
         return Place(op.kind, KV_CLASSES.get(decode.kv_format, decode.kv_format), decode.head_dim, at_mixed)
     if isinstance(op, Elementwise):
-        return Place(op.kind, "", 0, (log2(max(op.bytes_moved, 1)),))
+        name = op.name if op.name in ELEMENTWISE_NAMES else POOLED
+        return Place(op.kind, name, 0, (log2(max(op.bytes_moved, 1)),))
     if isinstance(op, LogitFilter):
         return Place(op.kind, f"{op.library} {op.which}", 0, (log2(max(op.rows, 1)), log2(op.vocab_size)))
     if isinstance(op, Collective):

@@ -34,10 +34,12 @@ from kvsim.profile import Answer, LogBias
 
 GEMM_TILE_M, GEMM_TILE_N = 16, 128
 """A GEMM computes whole tiles: 16 rows of a tensor-core instruction, 128 columns of a thread block."""
-UNPACKED_TILES = 4
-"""Tiles of rows up to which a CPU's library takes the weights as they lie and reads them for each, in part from a cache; beyond it packs
-them. `F.linear` of torch 2.13 on one thread of a Xeon with AVX-512, weights of 3584 x 640 in fp32: 0.51-0.57 ms for 1 to 3 rows,
-0.71-0.72 for 4 to 6, 1.04-1.05 for 7 to 9, 1.38-1.40 for 10 to 12, 1.33 for 16."""
+UNPACKED_ROWS = 15
+"""Rows up to which a CPU's library takes the weights as they lie and reads them for each tile, in part from a cache; beyond it packs them.
+On one thread of a Xeon with AVX-512 and torch 2.13 an fp32 product steps up at 4, 7, 10 and 13 rows, and 16 are quicker than 12:
+`for m in $(seq 1 16); do OMP_NUM_THREADS=1 python -m timeit -s "import torch; w, x = torch.randn(3584, 640), torch.randn($m, 640)"
+"torch.nn.functional.linear(x, w)"; done`
+"""
 ATTENTION_TILE_ROWS = 128
 """Query rows of one thread block of a FlashAttention prefill kernel."""
 DECODE_TILE_ROWS = 64
@@ -104,7 +106,7 @@ class DatasheetProfile:
             dtype: self._gemm_rate(dtype) for dtype in WEIGHT_DTYPES if dtype != "fp32" or "fp32" in gpu.peak_flops_per_s
         }
         self._fp32_tile_rows, self._fp32_packed_reads = e["gemm.fp32.tile_rows"], e["gemm.fp32.packed_reads"]
-        self._fp32_tile_reads = e["gemm.fp32.tile_reads"]
+        self._fp32_second_tile_reads, self._fp32_tile_reads = e["gemm.fp32.second_tile_reads"], e["gemm.fp32.tile_reads"]
         self._prefill_launch_s = e["prefill_attention.launch_s"]
         self._prefill_flops_per_s = e["prefill_attention.compute_frac"] * self._peak_16bit
         self._prefill_bytes_per_s = e["prefill_attention.memory_frac"] * self._hbm
@@ -203,7 +205,10 @@ class DatasheetProfile:
         if name == "fp32":  # vector units have no tiles to fill, but a CPU's library reads the matrix again for every few rows
             rows, columns = m, n
             tiles = math.ceil(m / self._fp32_tile_rows)
-            memory_s *= 1 + (tiles - 1) * self._fp32_tile_reads if tiles <= UNPACKED_TILES else self._fp32_packed_reads
+            if m > UNPACKED_ROWS:
+                launch_s += self._fp32_packed_reads * weights / (bytes_per_s * share)  # before arithmetic begins
+            elif tiles > 1:
+                memory_s *= 1 + self._fp32_second_tile_reads + (tiles - 2) * self._fp32_tile_reads
         return name, launch_s, memory_s, 2.0 * rows * columns * k / flops_per_s
 
     # Attention ----------------------------------------------------------------------------------------------------

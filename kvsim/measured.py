@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from math import exp, hypot, log2
 from typing import NamedTuple
 
-from kvsim.coordinates import AXES, OWN_KINDS, Place, error_class, locate
+from kvsim.coordinates import AXES, OWN_KINDS, POOLED, Place, error_class, locate
 from kvsim.correction import Correction, cell_of
 from kvsim.datasheet import DatasheetProfile
 from kvsim.efficiencies import load_efficiencies
 from kvsim.hardware import Gpu
-from kvsim.ops import DecodeAttention, Gemm, MixedAttention, Op, PolicyKernel, PrefillAttention
+from kvsim.ops import DecodeAttention, Elementwise, Gemm, MixedAttention, Op, PolicyKernel, PrefillAttention
 from kvsim.profile import Answer, LogBias
 from kvsim.profile_file import ProfileFile, TableKey
 
@@ -23,6 +23,9 @@ what the correction of measured tables varies by over an octave (assumed; the ph
 DTYPE_SIGMA = 0.15
 """Further standard deviation where another dtype's table is carried over by the physics: fp8 KV against bf16 KV of the same engine
 and GPU differs from the physics' ratio by 8-19 % in the H100 tables."""
+KERNEL_SIGMA = 0.5
+"""Further standard deviation where other element-wise kernels answer, of as many bytes: assumed. A chain of calls takes a multiple of what
+one call does."""
 DVFS_EXPONENT = 0.4
 """Under a power limit power goes with clock x voltage squared and voltage nearly with clock, P ~ f^2.5, so clocks go with P^0.4. From an
 L40S (350 W, 64 % of its peak in GEMMs) this says 97 % for an RTX 4090 (450 W for half the peak), which measures 98 %."""
@@ -62,6 +65,7 @@ class MeasuredProfile:
         # A benchmark's cache may stay in a large L2; in a step the weights of every layer pass through between two visits.
         self._least_s_per_byte = 0.0 if gpu.name == measured_on.name else 1.0 / gpu.hbm_bandwidth_bytes_per_s
         self._corrections = {key: self._correction(key) for key in content.tables}
+        self._names_kernels = any(kind == Elementwise.kind and variant != POOLED for kind, variant, _ in content.tables)
         self._has_prefill = any(kind == PrefillAttention.kind for kind, _, _ in content.tables)
         self._chosen: dict[TableKey, Chosen | None] = {}
         self._prefill_beyond: tuple[PrefillAttention, float, float] | None = None
@@ -99,6 +103,10 @@ class MeasuredProfile:
         if not same and kind.endswith("attention"):
             same = [key for key in self._corrections if key[0] == kind and key[1] == "16bit"]
             carried, sigma = "from 16 bit by bytes", DTYPE_SIGMA
+        if kind == Elementwise.kind and (not same or variant == POOLED):
+            same = [key for key in self._corrections if key[0] == kind and key[1] == POOLED]
+            if self._names_kernels:
+                carried, sigma = "from other kernels", KERNEL_SIGMA
         if not same and kind == PolicyKernel.kind:  # another statistic of the same kernel
             kernel = variant.partition(" ")[0]
             same = [key for key in self._corrections if key[0] == kind and key[1].partition(" ")[0] == kernel]
@@ -234,7 +242,8 @@ class MeasuredProfile:
             if kind in kinds:
                 quantiles = self._quantiles(kind, size_class)
                 found[kind, size_class] = quantiles
-                found[kind, f"{size_class}, carried"] = widened(quantiles, sigma)
+                kernels = KERNEL_SIGMA if kind == Elementwise.kind and self._names_kernels else 0.0
+                found[kind, f"{size_class}, carried"] = widened(quantiles, hypot(sigma, kernels))
         return found
 
 

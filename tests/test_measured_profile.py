@@ -18,16 +18,19 @@ from kvsim.calibrate.build import build, error_classes
 from kvsim.calibrate.fit import fit_rows, fold_numbers, term_specs
 from kvsim.calibrate.grid import TermSpec, evaluate, fit_correction
 from kvsim.calibrate.report_command import Comparison
-from kvsim.calibrate.rows import Import, shape_group
+from kvsim.calibrate.rows import Import, at_means, shape_group
 from kvsim.cli import main
-from kvsim.coordinates import locate
+from kvsim.coordinates import ELEMENTWISE_NAMES, POOLED, locate
 from kvsim.correction import Correction, Term
-from kvsim.datasheet import DatasheetProfile
+from kvsim.datasheet import UNPACKED_ROWS, DatasheetProfile
 from kvsim.efficiencies import load_efficiencies
+from kvsim.engines import VllmV1
 from kvsim.errors import InputError
+from kvsim.forward import linear_ops
 from kvsim.hardware import list_gpus, load_gpu
 from kvsim.measured import MeasuredProfile, widened
-from kvsim.ops import DecodeAttention, Gemm, MixedAttention, Op, PrefillAttention
+from kvsim.model import load_model
+from kvsim.ops import DecodeAttention, Elementwise, Gemm, MixedAttention, Op, PrefillAttention
 from kvsim.profile import Answer
 from kvsim.profile_file import ProfileFile, dump_profile_file, load_profile_file, shipped
 from kvsim.profiles import load_profile
@@ -146,10 +149,11 @@ def test_held_out_errors_and_bands_of_a_made_up_gpu() -> None:
     assert np.mean(inside) == pytest.approx(0.68, abs=0.04)
 
 
-@pytest.mark.parametrize(("tile_rows", "tile_reads"), [(3, 1.0), (3, 0.6), (4, 1.0), (8192, 1.0)])
-def test_a_cpu_that_reads_weights_for_every_few_rows_is_found_out(tile_rows: int, tile_reads: float) -> None:
+@pytest.mark.parametrize(("tile_rows", "second", "further"), [(3, 1.0, 1.0), (3, 0.8, 0.4), (4, 1.0, 0.5), (8192, 1.0, 1.0)])
+def test_a_cpu_that_reads_weights_for_every_few_rows_is_found_out(tile_rows: int, second: float, further: float) -> None:
     """From batches that a study runs: what lies between them, and on the other side of a step, follows."""
-    law = {"gemm.fp32.tile_rows": float(tile_rows), "gemm.fp32.tile_reads": tile_reads, "gemm.fp32.packed_reads": 2.0,
+    law = {"gemm.fp32.tile_rows": float(tile_rows), "gemm.fp32.second_tile_reads": second, "gemm.fp32.tile_reads": further,
+           "gemm.fp32.packed_reads": 1.0,
            "decode_attention.sequence_s": 4e-4, "decode_attention.launch_s": 2e-4, "decode_attention.memory_frac.16bit": 0.1}  # fmt: skip
     truth = DatasheetProfile(A100, load_efficiencies().replaced(law))
     found, rng = Import("made", "1", "made up"), np.random.default_rng(4)
@@ -165,10 +169,81 @@ def test_a_cpu_that_reads_weights_for_every_few_rows_is_found_out(tile_rows: int
     assert fit.efficiencies["gemm.fp32.tile_rows"] == tile_rows
     assert fit.efficiencies["decode_attention.sequence_s"] == pytest.approx(4e-4, rel=0.1)
     fitted = MeasuredProfile(file, A100, A100)
-    unseen: list[Op] = [Gemm(m, 3072, 3072, "fp32") for m in (5, 7, 9)]
+    if tile_rows < UNPACKED_ROWS:
+        assert fit.efficiencies["gemm.fp32.packed_reads"] == pytest.approx(1.0, rel=0.2)
+        assert fit.efficiencies["gemm.fp32.second_tile_reads"] == pytest.approx(second, rel=0.2)
+    unseen: list[Op] = [Gemm(m, 3072, 3072, "fp32") for m in (5, 7, 9, 12, 32, 128)]
     unseen.append(DecodeAttention(5, 10, 5, 64, 5 * 5 * 350, 350, 512.0, "fp32"))
     for op in unseen:
         assert fitted.answer(op).seconds == pytest.approx(truth.answer(op).seconds, rel=0.1), op
+
+
+def test_packing_begins_behind_the_last_unpacked_row() -> None:
+    """Of equal weights: tiles cost what further reads of them do, then packing is added to one read."""
+    law = {"gemm.fp32.tile_rows": 3.0, "gemm.fp32.second_tile_reads": 0.8, "gemm.fp32.tile_reads": 0.4, "gemm.fp32.packed_reads": 1.5,
+           "gemm.fp32.launch_s": 0.0, "gemm.fp32.compute_frac": 100.0}  # fmt: skip
+    profile = DatasheetProfile(A100, load_efficiencies().replaced(law))
+    once = profile.answer(Gemm(1, 8192, 8192, "fp32")).seconds
+    reads = [profile.answer(Gemm(m, 8192, 8192, "fp32")).seconds / once for m in (3, 4, 7, UNPACKED_ROWS, UNPACKED_ROWS + 1)]
+    assert reads == pytest.approx([1, 1.8, 2.2, 3.0, 2.5], rel=0.01)
+
+
+def test_kernels_of_a_forward_pass_have_tables_of_their_own_beside_one_for_all() -> None:
+    """Of as many bytes one kernel takes four times what another takes. What has no name that forward passes use shares a table."""
+    factors = {"norm": 1.0, "rope_and_kv_write": 4.0, "silu": 2.0}
+    truth, found = DatasheetProfile(A100), Import("made", "1", "made up")
+    for i, (name, size) in enumerate(product(factors, range(16, 26))):
+        op = Elementwise(name, 2**size)
+        found.add(op, factors[name] * truth.answer(op).seconds, f"made:{i}", A100)
+    file, fit, _ = build(A100, found, "made up", sparse=True)
+    assert {variant for _, variant, _ in fit.tables} == {POOLED, "norm", "rope_and_kv_write"}
+    assert sum(error.num_rows for error in file.errors.values()) == 30, "every row counts once"
+    profile = MeasuredProfile(file, A100, A100)
+
+    def ratio(name: str) -> float:
+        op = Elementwise(name, 3 * 2**20)
+        return profile.answer(op).seconds / truth.answer(op).seconds
+
+    assert ratio("norm") == pytest.approx(1.0, rel=0.05) and ratio("rope_and_kv_write") == pytest.approx(4.0, rel=0.05)
+    assert ratio("activation") == pytest.approx(2.0, rel=0.2) and ratio("activation") == ratio("add") == ratio("silu")
+    measured, carried = (profile.answer(Elementwise(name, 3 * 2**20)) for name in ("norm", "activation"))
+    assert measured.source.startswith("measured") and "from other kernels" in carried.source
+    assert carried.log_bias[2] > 0.5 > 10 * measured.log_bias[2]
+    assert all(profile.answer(Elementwise(name, 2**20)).size_class in {c for _, c in profile.log_biases} for name in ("norm", "add"))
+
+
+def test_single_rows_of_many_kernels_still_tell_the_physics() -> None:
+    found = Import("made", "1", "made up")
+    for i, name in enumerate(ELEMENTWISE_NAMES):
+        op = Elementwise(name, 2 ** (18 + 2 * i))
+        found.add(op, 3 * DatasheetProfile(A100).answer(op).seconds, f"made:{i}", A100)
+    fit = fit_rows(A100, found.rows, sparse=True)
+    assert fit.tables.keys() == {("elementwise", POOLED, 0)}
+    assert fit.efficiencies["elementwise.memory_frac"] < 0.5 * load_efficiencies()["elementwise.memory_frac"]
+
+
+def test_named_kernels_are_those_of_forward_passes() -> None:
+    model = load_model("qwen3-8b")
+    ops = [op for _, op in linear_ops(model, 1, "bf16", 7)] + list(VllmV1().sampler_ops(7, model.vocab_size, 2))
+    assert {op.name for op in ops if isinstance(op, Elementwise)} == set(ELEMENTWISE_NAMES)
+
+
+def test_means_add_up_to_the_whole() -> None:
+    """Fits of logarithms to single noisy times fall short of their sum."""
+    rng, found, single = np.random.default_rng(0), Import("made", "1", "made up"), Import("made", "1", "made up")
+    ops = [Elementwise("norm", 2**size) for size in range(16, 26)]
+    for i, (op, _) in enumerate(product(ops, range(200))):
+        seconds = DatasheetProfile(A100).answer(op).seconds * rng.lognormal(0, 0.5)
+        single.add(op, seconds, f"made:{i}", A100)
+    found.rows = at_means(single.rows)
+    assert [row.op for row in found.rows] == [row.op for row in single.rows]
+
+    def predicted_over_measured(rows: Import) -> float:
+        profile = MeasuredProfile(build(A100, rows, "made up", sparse=True)[0], A100, A100)
+        return sum(profile.answer(row.op).seconds for row in single.rows) / sum(row.seconds for row in single.rows)
+
+    assert predicted_over_measured(found) == pytest.approx(1.0, abs=0.02)
+    assert predicted_over_measured(single) < 0.95
 
 
 def test_terms_only_where_something_varies() -> None:

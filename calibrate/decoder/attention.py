@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from kvsim.calibrate.decoder.cache import LayerCache, joined, read
 from kvsim.calibrate.decoder.transformer import Rotary
 
-SCORE_ROWS = 256
-"""Queries whose probabilities are held at once when column sums are recomputed: bounds memory, as tiles do on a GPU."""
+SCORE_ROWS = 64
+"""Queries whose probabilities are held at once when column sums are recomputed: bounds memory, and what is computed above the diagonal,
+as tiles do on a GPU."""
 
 Part = TypeVar("Part")
 
@@ -154,16 +155,18 @@ def column_scores(
     for first in range(0, q.shape[0], SCORE_ROWS):
         part = q[first : first + SCORE_ROWS]
         at = torch.arange(start + first, start + first + len(part), device=q.device)
+        end = min(start + first + len(part), number)  # tokens may have left
+        seen = token[:end]
         rows = part.float().transpose(0, 1).unflatten(0, (heads, -1))  # [heads, group, queries, d]
-        logits = torch.matmul(rows, k.transpose(1, 2)[:, None]) * head_dim**-0.5
+        logits = torch.matmul(rows, k[:, :end].transpose(1, 2)[:, None]) * head_dim**-0.5
         if how.slopes is not None:
-            places = token.expand(heads, -1) if layer.positions is None else layer.positions[:, :number]
+            places = seen.expand(heads, -1) if layer.positions is None else layer.positions[:, :end]
             distance = places[:, None, None] - at[:, None]  # [heads, 1, queries, tokens]
             logits = logits + how.slopes.unflatten(0, (heads, -1))[..., None, None] * distance
         if statistic == "gumbel":
             logits = (logits + gumbel(logits, generator)) / temperature
-        alpha = logits.masked_fill(token > at[:, None], -torch.inf).softmax(3)
-        scores += _reduced(alpha, statistic, (at + 1)[:, None]).sum((1, 2))
+        alpha = logits.masked_fill(seen > at[:, None], -torch.inf).softmax(3)
+        scores[:, :end] += _reduced(alpha, statistic, (at + 1)[:, None]).sum((1, 2))
     return scores
 
 

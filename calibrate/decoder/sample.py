@@ -13,7 +13,7 @@ import torch
 from kvsim.calibrate.decoder.cache import LayerCache
 from kvsim.calibrate.decoder.clock import NS, NoClock, OpClock, now_ns
 from kvsim.calibrate.decoder.decoder import Decoder
-from kvsim.calibrate.decoder.sample_rows import Rows, decode_rows, medians, policy_rows, prefill_rows
+from kvsim.calibrate.decoder.sample_rows import Rows, decode_rows, means, policy_rows, prefill_rows
 from kvsim.calibrate.decoder.sequence import CachedSequence
 from kvsim.calibrate.decoder.storage import OutOfBlocks
 from kvsim.engines.torch_decoder import TorchDecoder
@@ -105,7 +105,7 @@ def sample_end(decoder: Decoder, prompt_tokens: int, repeats: int = 3) -> tuple[
         finally:
             decoder.transformer.clock = NoClock()
             decoder.close(sequence)
-    return median(seconds), medians(rows)
+    return median(seconds), means(rows)
 
 
 def packed(batch: int, prompt_tokens: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -174,7 +174,7 @@ def sample_decode(
     low, high = np.percentile(plain, (20, 80))
     step_s = median(plain)
     return DecodeSample(
-        batch, context_tokens, step_s, medians(rows), prefill_s, float(high - low) / step_s, round(held), round(peak)
+        batch, context_tokens, step_s, means(rows), prefill_s, float(high - low) / step_s, round(held), round(peak)
     )
 
 
@@ -202,7 +202,7 @@ def sample_prefill(
         finally:
             decoder.transformer.clock = NoClock()
             decoder.close(sequence)
-    return median(seconds), medians(rows)
+    return median(seconds), means(rows)
 
 
 def _seed_prior(decoder: Decoder, sequence: CachedSequence, prior_tokens: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from statistics import median
+from statistics import fmean
 
 from kvsim.calibrate.decoder.clock import OpClock
 from kvsim.calibrate.decoder.decoder import Decoder
@@ -91,9 +91,9 @@ def policy_rows(ops: Sequence[Op], clock: OpClock) -> Rows:
     return rows
 
 
-def medians(rows: Rows) -> Rows:
-    """One row for each Op: the median of its times."""
+def means(rows: Rows) -> Rows:
+    """One row for each Op: the mean of its times. Medians of parts would add up to less than the whole."""
     times: dict[Op, list[float]] = {}
     for op, seconds in rows:
         times.setdefault(op, []).append(seconds)
-    return [(op, median(values)) for op, values in times.items()]
+    return [(op, fmean(values)) for op, values in times.items()]

@@ -59,10 +59,12 @@ CPU_UNSEEN = _small("unseen", 4, 640, 10, 5, 1792, 6000)
 
 
 def cpu_study() -> Study:
-    """fp32, as CPUs compute. Batches are close to each other: products of a few rows have steps (`kvsim.calibrate.fit.WHOLE`)."""
+    """fp32, as CPUs compute. Batches are close to each other: products of a few rows have steps (`kvsim.calibrate.fit.WHOLE`). So are
+    chunks, which differ from policy to policy: their products do not.
+    """
     models = {model.name: model for model in CPU_MODELS}
-    sizes = ((1, 2, 3, 4, 6, 8), (64, 200, 500, 1200), (16, 64, 256), (0, 128, 512))
-    fits = {"fit_models": ("small",), "fit_contexts": (200, 500, 1200), "fit_pool_bytes": 16 * MIB}
+    sizes = ((1, 2, 3, 4, 6, 8), (64, 200, 500, 1200), (16, 24, 32, 48, 64, 96, 128, 192, 256), (0, 128, 512))
+    fits = {"chunk_stride": 3, "fit_models": ("small",), "fit_contexts": (200, 500, 1200), "fit_pool_bytes": 16 * MIB}
     return Study(models, _policies(128), *sizes, "fp32", BLOCK_TOKENS, **fits)
 
 

@@ -32,7 +32,7 @@ STEP = "step"
 NO_MEMORY, REFUSED = "out of memory", "refused"
 FIT, DECODE = "largest batch", "decode step"
 """Kinds of cases; the first is also the status of its row."""
-ROWS_VERSION = 3
+ROWS_VERSION = 4
 """Of what the rows of a case hold."""
 FIT_STEPS = 8
 """Decoded by the largest batch: enough for a share of the sequences to take further blocks."""
@@ -78,7 +78,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Study:
-    """models by name; cases are all combinations."""
+    """models by name; cases are all combinations, but of `chunks` each policy has every `chunk_stride`-th, from another one on."""
 
     models: Mapping[str, Model]
     policies: Mapping[str, Sequence[Policy]]
@@ -94,6 +94,7 @@ class Study:
     """The backend of decode attention; None: the device's default."""
     prefills: bool = True
     """Whether the prompts of decode steps are computed, and timed; else their caches are filled with random numbers."""
+    chunk_stride: int = 1
     fit_models: Sequence[str] = ()
     fit_contexts: Sequence[int] = ()
     fit_pool_bytes: int = 0
@@ -107,7 +108,8 @@ class Study:
         ]  # fmt: skip
         found += [
             Case(model, policy, 1, tokens, prior)
-            for model in self.models for policy in self.policies for tokens in self.chunks for prior in self.priors
+            for model in self.models for index, policy in enumerate(self.policies)
+            for tokens in self.chunks[index % self.chunk_stride :: self.chunk_stride] for prior in self.priors
         ]  # fmt: skip
         found += [
             Case(model, policy, 0, tokens)

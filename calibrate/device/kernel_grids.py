@@ -129,8 +129,9 @@ def _decode(h: Heads, batch: int, tokens: float, slot_bytes: float, kv_format: s
 def _rows(h: Heads, batch: int, tokens: int, tiny: bool) -> Iterator[tuple[str, Fields, Op]]:
     """Kernels whose shapes are rows of scores or a pool of slots."""
     rows = batch * h.kv_heads
-    budget = max(40, tokens // 4)  # 4 sinks and 32 recent tokens are among them
-    yield "select", {"num_rows": rows, "tokens": tokens, "budget_tokens": budget}, counted.select(one_layer(h), rows * tokens)
+    for one, budget in ((False, max(40, tokens // 4)), (True, tokens - 1)):  # 4 sinks and 32 recent tokens are among them
+        op = counted.select(one_layer(h), rows * tokens, one)
+        yield "select", {"num_rows": rows, "tokens": tokens, "budget_tokens": budget}, op
     slots, group = rows * tokens * (1 if tiny else 16), h.q_heads // h.kv_heads
     yield "metric_pool", {"num_slots": slots, "group": group}, counted.metric_pool(one_layer(h), slots)
     heads = 4 if tiny else 256

@@ -78,7 +78,7 @@ class H2O(Policy):
 
     def step_ops(self, shape: CacheShape, batch: int, num_slots: int) -> tuple[Op, ...]:
         """Scores accumulated and the lowest found; the step's own token takes its slot, so nothing is copied."""
-        return accumulate_scores(shape, num_slots), select(shape, num_slots)
+        return accumulate_scores(shape, num_slots), select(shape, num_slots, one=True)
 
     def state_bytes_per_slot(self, shape: CacheShape) -> float:
         return SCORE_BYTES

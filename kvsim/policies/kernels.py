@@ -82,9 +82,12 @@ def accumulate_scores(
     )
 
 
-def select(shape: CacheShape, num_slots: int) -> PolicyKernel:
-    """Exact top-k per head by radix selection: four 8-bit passes over fp32 scores, indices of the kept written."""
-    return PolicyKernel("select", bytes_moved=5.0 * num_slots * SCORE_BYTES, num_launches=shape.num_layers)
+def select(shape: CacheShape, num_slots: int, one: bool = False) -> PolicyKernel:
+    """Exact top-k per head by radix selection: four 8-bit passes over fp32 scores, indices of the kept written.
+
+    one: all but one are kept, as steady states do in every step.
+    """
+    return PolicyKernel("select", bytes_moved=5.0 * num_slots * SCORE_BYTES, num_launches=shape.num_layers, variant="one" if one else "")
 
 
 def compact(shape: CacheShape, kept_slots: int) -> PolicyKernel:

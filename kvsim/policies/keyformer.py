@@ -87,7 +87,7 @@ class Keyformer(Policy):
 
     def step_ops(self, shape: CacheShape, batch: int, num_slots: int) -> tuple[Op, ...]:
         """A second, Gumbel softmax; a score read-modify-write; a top-k. The evicted token's slot is overwritten."""
-        return accumulate_scores(shape, num_slots, passes=2), select(shape, num_slots)
+        return accumulate_scores(shape, num_slots, passes=2), select(shape, num_slots, one=self.schedule == "paper")
 
     def state_bytes_per_slot(self, shape: CacheShape) -> float:
         return SCORE_BYTES + (INDEX_BYTES if self.keep_original_index else 0)

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the decoder needs torch")
 pytest.importorskip("triton", reason="packing is shared with the Triton kernels")
 
+from kvsim.calibrate.decoder.attention import SCORE_ROWS, column_scores  # noqa: E402
 from kvsim.calibrate.decoder.decoder import Decoder  # noqa: E402
 from kvsim.calibrate.decoder.sequence import CachedSequence  # noqa: E402
 from kvsim.calibrate.decoder.spec import DecoderSpec, spec_from_hf, spec_of  # noqa: E402
@@ -395,6 +396,26 @@ def test_prompt_tokens_are_chosen_as_the_kernels_choose(name: str) -> None:
     for layer, kept in zip(sequence.layers, expected, strict=True):
         assert layer.positions is not None
         assert layer.positions.tolist() == kept.tolist()
+
+
+@pytest.mark.parametrize(("cached", "prior", "new"), [(100, 0, 100), (160, 90, 70), (51, 50, 1), (40, 90, 1), (40, 90, 70)])
+@pytest.mark.parametrize("slopes", [False, True])
+def test_column_scores_are_those_of_whole_rows(cached: int, prior: int, new: int, slopes: bool) -> None:
+    """Whatever of them is computed at once, and skipped above the diagonal. cached below prior + new: tokens have left."""
+    assert new > SCORE_ROWS or new == 1
+    decoder, sequence = filled([H2O(budget_tokens=300)], cached)
+    layer = sequence.layers[0]
+    keys = layer.full.read()[0]  # [heads, tokens, d]
+    how = replace(decoder.how, slopes=torch.tensor([0.5, 0.25, 0.1, 0.05]) if slopes else None)
+    q = torch.randn(new, 2 * len(keys), keys.shape[2], generator=torch.Generator().manual_seed(0))
+    logits = torch.einsum("qhgd,htd->hgqt", q.unflatten(1, (len(keys), 2)), keys) / keys.shape[2] ** 0.5
+    at = torch.arange(prior, prior + new)[:, None]
+    if slopes:
+        logits = logits + how.slopes.unflatten(0, (2, 2))[..., None, None] * (torch.arange(cached) - at)
+    alpha = logits.masked_fill(torch.arange(cached) > at, -torch.inf).softmax(3)
+    for statistic, expected in (("sum", alpha), ("square", alpha**2), ("count", (alpha > 1 / (at + 1)).float())):
+        found = column_scores(layer, q, prior, statistic, how)
+        torch.testing.assert_close(found, expected.sum((1, 2)), rtol=1e-4, atol=1e-5)
 
 
 def test_catalogue_models_have_a_decoder() -> None:

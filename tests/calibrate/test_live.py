@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,8 @@ def test_cases_are_named_apart() -> None:
     assert len(set(keys)) == len(keys) == 2 * 2 * 2 + 2 * 2 + 2
     assert Case("m", "p", 2, 64).key != Case("m", "p", 2, 64, 0).key
 
+
+def test_chunks_are_shared_out_among_policies() -> None:
+    study = replace(tiny_study(), chunks=(8, 16, 24, 32), chunk_stride=2)
+    sizes = [{case.tokens for case in study.cases() if case.kind == "prompt chunk" and case.policy == policy} for policy in study.policies]
+    assert sizes == [{8, 24}, {16, 32}]
