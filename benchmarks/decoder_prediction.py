@@ -40,6 +40,9 @@ from kvsim.calibrate.device.rows_file import RowFile
 from kvsim.calibrate.rows import Import, MeasuredRow, at_means
 from kvsim.calibrate.serve_command import Live, Served, serve_live, simulate_served
 from kvsim.hardware import Gpu
+from kvsim.policies.kv_quant import KVQuant
+from kvsim.policies.snapkv import SnapKV
+from kvsim.policies.streaming_llm import StreamingLLM
 from kvsim.profiles import load_profile
 from kvsim.recording import RunLog
 from kvsim.scenario import Scenario, parse_scenario
@@ -55,12 +58,18 @@ TOUCHED = (4, 2**22)
 STEP_KINDS = ("decode", "chunk", "chunk beside decodes")
 
 
+COMPOSED = {
+    "snapkv+int8": [SnapKV(budget_tokens=128, window_tokens=16), KVQuant(dtype="int8")],
+    "streaming_llm+int4": [StreamingLLM(window_tokens=124), KVQuant(dtype="int4")],
+}
+"""Compositions, which only the unseen model runs: a fit knows their parts."""
+
+
 class Mixed(Study):
-    """The fitted models' cases and the unseen one's, in one order."""
+    """The fitted models' cases and the unseen one's, in one order. Of compositions, the unseen one's alone."""
 
     def cases(self) -> list[Case]:
-        unseen = CPU_UNSEEN.name
-        mine = [case for case in super().cases() if case.model != unseen]
+        mine = [case for case in super().cases() if case.model != CPU_UNSEEN.name and case.policy not in COMPOSED]
         theirs = unseen_study(self).cases()
         every = max(1, len(mine) // len(theirs))
         mixed = []
@@ -73,9 +82,8 @@ class Mixed(Study):
 
 def unseen_study(study: Study) -> Study:
     """The unseen model at batches, contexts and chunks that no other case has."""
-    fields = {name: getattr(study, name) for name in Study.__dataclass_fields__}
     sizes = {"batches": BATCHES, "contexts": CONTEXTS, "chunks": CHUNKS, "priors": PRIORS}
-    return Study(**{**fields, "models": {CPU_UNSEEN.name: CPU_UNSEEN}, "chunk_stride": 1, **sizes})
+    return Study(**{**vars(study), "models": {CPU_UNSEEN.name: CPU_UNSEEN}, "chunk_stride": 1, **sizes})
 
 
 class Server(threading.Thread):
@@ -284,8 +292,8 @@ def main() -> int:
     folder, device = options.folder, pick_device("cpu")
     gpu = device_gpu(folder)
     base = cpu_study()
-    study = Mixed(**{**{name: getattr(base, name) for name in Study.__dataclass_fields__},
-                     "models": {**base.models, CPU_UNSEEN.name: CPU_UNSEEN}, "prefills": False, "fit_models": ()})  # fmt: skip
+    mixed = {"models": {**base.models, CPU_UNSEEN.name: CPU_UNSEEN}, "policies": {**base.policies, **COMPOSED}}
+    study = Mixed(**{**vars(base), **mixed, "prefills": False, "fit_models": ()})
     files, served = [], defaultdict[str, list[Served]](list)
     for number in range(options.rounds):
         file, lives = measure_round(study, folder, number, device, options.minutes * 60 / options.rounds)

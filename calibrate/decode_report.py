@@ -45,7 +45,7 @@ def predictor(study: Study, case: Case, profile: Profile, device: torch.device) 
     attention = study.attention or default_attention(device)
     engine = TorchDecoder(attention=attention, enforce_eager=device.type != "cuda")
     model = study.models[case.model]
-    plan = make_plan(model, study.policies[case.policy], study.weight_dtype, study.block_size_tokens, case.policy)
+    plan = make_plan(model, study.policies[case.policy], study.weight_dtype, study.block_size_tokens, case.policy, attention)
     return Predictor(model, plan, profile, study.weight_dtype, engine)
 
 

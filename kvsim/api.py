@@ -167,7 +167,7 @@ def build_plan(deployment: Deployment, policies: Iterable[Policy], field: str) -
         model.num_layers, model.q_heads_per_gpu(tp), model.kv_heads_per_gpu(tp), model.head_dim,
         kv_bytes_per_element(kv_dtype), engine.block_tokens, engine.rotation_passes if model.position == "rope" else 0,
     )  # fmt: skip
-    return CachePlan(composition, shape, kv_dtype, engine.layout)
+    return CachePlan(composition, shape, kv_dtype, engine.attention_layout(composition))
 
 
 def build_ledger(deployment: Deployment, plan: CachePlan) -> Ledger:

@@ -54,12 +54,15 @@ GEMM_CLASSES = {"fp32": "fp32", "fp16": "16bit", "bf16": "16bit", "fp8": "fp8", 
 KV_CLASSES = {"fp16": "16bit", "bf16": "16bit", "fp8": "fp8", "fp8_e4m3": "fp8", "fp8_e5m2": "fp8"}
 """Formats that share tables; others (fp32, int4, kivi2, bf16+think80) have their own, or are carried from 16 bits by the physics."""
 
+LAYOUTS = ("paged", "contiguous")
+"""Of a cache; they share tables. Other ways of attending have their own."""
+
 
 class Place(NamedTuple):
     """kind, then what splits its rows into tables: dtype class, head_dim, or collective and number of GPUs."""
 
     kind: str
-    variant: str  # "16bit", "fp8", ...; of element-wise Ops a name, or POOLED; "all_reduce graph" for collectives; else what runs
+    variant: str  # "16bit", "fp32 padded", ...; of element-wise Ops a name, or POOLED; "all_reduce graph" for collectives; else what runs
     size: int  # head_dim, or number of GPUs; 0 where neither matters
     at: tuple[float, ...]  # log2 along AXES[kind]
 
@@ -72,7 +75,8 @@ def locate(op: Op, num_sms: int) -> Place:
     if isinstance(op, DecodeAttention):
         lanes = op.batch * op.kv_heads
         at = (log2(lanes), log2(max(op.kv_slots / lanes, 1.0)), log2(op.q_heads / op.kv_heads), log2(op.kv_heads))
-        return Place(op.kind, KV_CLASSES.get(op.kv_format, op.kv_format), op.head_dim, at)
+        stored = KV_CLASSES.get(op.kv_format, op.kv_format)
+        return Place(op.kind, stored if op.layout in LAYOUTS else f"{stored} {op.layout}", op.head_dim, at)
     if isinstance(op, PrefillAttention):
         at_prefill = (
             log2(op.q_heads * op.num_sequences), log2(op.new_tokens), log2(op.q_heads / op.kv_heads),
@@ -99,7 +103,7 @@ def locate(op: Op, num_sms: int) -> Place:
         return Place(op.kind, f"{op.kernel} {op.variant}".rstrip(), 0, at_policy)
     if isinstance(op, Copy):
         return Place(op.kind, op.link, 0, (log2(max(op.num_bytes, 1)),))
-    return Place(op.kind, f"{op.engine} {op.part}", 0, (log2(max(op.batch, 1)),))
+    return Place(op.kind, f"{op.engine} {op.part} {op.variant}".rstrip(), 0, (log2(max(op.batch, 1)),))
 
 
 def error_class(place: Place, size_class: str) -> str:

@@ -13,7 +13,7 @@ from kvsim.correction import Correction, cell_of
 from kvsim.datasheet import DatasheetProfile
 from kvsim.efficiencies import load_efficiencies
 from kvsim.hardware import Gpu
-from kvsim.ops import DecodeAttention, Elementwise, Gemm, MixedAttention, Op, PolicyKernel, PrefillAttention
+from kvsim.ops import DecodeAttention, Elementwise, Gemm, HostWork, MixedAttention, Op, PolicyKernel, PrefillAttention
 from kvsim.profile import Answer, LogBias
 from kvsim.profile_file import ProfileFile, TableKey
 
@@ -101,8 +101,8 @@ class MeasuredProfile:
         same = [key for key in self._corrections if key[0] == kind and key[1] == variant]
         carried, sigma = "", 0.0
         if not same and kind.endswith("attention"):
-            same = [key for key in self._corrections if key[0] == kind and key[1] == "16bit"]
-            carried, sigma = "from 16 bit by bytes", DTYPE_SIGMA
+            same, carried = self._another_attention(kind, variant.partition(" ")[0])
+            sigma = DTYPE_SIGMA
         if kind == Elementwise.kind and (not same or variant == POOLED):
             same = [key for key in self._corrections if key[0] == kind and key[1] == POOLED]
             if self._names_kernels:
@@ -111,6 +111,10 @@ class MeasuredProfile:
             kernel = variant.partition(" ")[0]
             same = [key for key in self._corrections if key[0] == kind and key[1].partition(" ")[0] == kernel]
             carried, sigma = "from another statistic", DTYPE_SIGMA
+        if not same and kind == HostWork.kind:
+            part = variant.rpartition(" ")[0]
+            same = [key for key in self._corrections if key[:2] == (kind, part)]
+            carried, sigma = "from steps of other policies", KERNEL_SIGMA
         if not same:
             return None
         if kind.endswith("attention") and size:
@@ -124,6 +128,14 @@ class MeasuredProfile:
                 return None
             key = exact[0]
         return Chosen(self._corrections[key], carried, sigma)
+
+    def _another_attention(self, kind: str, stored: str) -> tuple[list[TableKey], str]:
+        """Tables of plain launches over what is stored so, or over wider elements; and what to say of them."""
+        for variant, carried in ((stored, "from plain launches"), ("16bit", "from 16 bit by bytes"), ("fp32", "from fp32 by bytes")):
+            found = [key for key in self._corrections if key[:2] == (kind, variant)]
+            if found:
+                return found, carried
+        return [], ""
 
     # -- answers --------------------------------------------------------------------------------------------------
 

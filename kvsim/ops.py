@@ -26,7 +26,8 @@ class Gemm:
 class PrefillAttention:
     """Causal attention of `new_tokens` queries over themselves and `prior_tokens` of cache, one layer.
 
-    num_sequences: equal sequences in one launch; simulations launch one at a time.
+    kv_dtype: format of what the cache holds, as the launch reads it. num_sequences: equal sequences in one launch; simulations launch
+    one at a time.
     """
 
     kind: ClassVar[str] = "prefill_attention"
@@ -51,7 +52,8 @@ class DecodeAttention:
 
     kv_slots: (token, KV head) pairs read, summed over sequences and heads, so per-head lengths need no special case.
     max_kv_tokens: the longest (sequence, head). slot_bytes: K and V bytes of one slot, scales included.
-    kv_format: element format of the cache ("bf16", "fp8", "int4", "kivi2", "bf16+think80", ...). layout: "paged"|"contiguous".
+    kv_format: element format of the cache ("bf16", "fp8", "int4", "kivi2", "bf16+think80", ...). layout: "paged"|"contiguous", or a way of
+    attending that an engine takes under some policies, whose launches have tables of their own.
     """
 
     kind: ClassVar[str] = "decode_attention"
@@ -149,12 +151,16 @@ class PolicyKernel:
 
 @dataclass(frozen=True, slots=True)
 class HostWork:
-    """Time on the CPU per engine step: scheduling, input preparation, sampling, output processing."""
+    """Time on the CPU per engine step: scheduling, input preparation, sampling, output processing.
+
+    variant: what policies make of the part, where that is measured apart.
+    """
 
     kind: ClassVar[str] = "host"
     engine: str
     part: str
     batch: int
+    variant: str = ""
 
 
 Op = (

@@ -133,6 +133,7 @@ class Prices:
         self.basis: dict[Part, Answer] = {}
         """An answer for each part: how wrong it may be."""
         self._num_launches = engine.num_launches(model, tp, weight_dtype)
+        self._chunk_format = engine.chunk_format(plan)
         self.linear = _Memo(self._linear)
         self.head = _Memo(self._head)
         self.prefill_policy = _Memo(self._prefill_policy)
@@ -209,7 +210,7 @@ class Prices:
 
     def _prefill_op(self, new_tokens: int, prior_tokens: int) -> PrefillAttention:
         shape = self.plan.shape
-        return PrefillAttention(new_tokens, prior_tokens, shape.q_heads, shape.kv_heads, shape.head_dim, self.plan.kv_dtype)
+        return PrefillAttention(new_tokens, prior_tokens, shape.q_heads, shape.kv_heads, shape.head_dim, self._chunk_format)
 
     def _prefill_attention(self, new_tokens: int, prior_tokens: int) -> int:
         """All layers of one sequence's chunk."""

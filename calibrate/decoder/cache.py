@@ -82,13 +82,18 @@ class Rows:
         return self.read_keys(), self.read_values()
 
     def keep(self, kept: list[torch.Tensor]) -> None:
-        """Compaction: of each head these slots stay, in this order, as they are stored; blocks behind are freed."""
+        """Compaction: of each head these slots stay, in this order, as they are stored; blocks behind are freed.
+
+        Rows that stay in their slot are not moved.
+        """
         lengths = [len(slots) for slots in kept]
         heads = torch.arange(len(kept)).repeat_interleave(torch.tensor(lengths)).to(self.device)
-        moved = self.lane.take_rows(*self._flat_places(heads, torch.cat(kept)))
+        old, new = torch.cat(kept), torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        moves = old != new
+        heads, old, new = heads[moves], old[moves], new[moves]
+        rows = self.lane.take_rows(*self._flat_places(heads, old))
         self.resize(lengths)
-        slots = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        self.lane.put_rows(*self._flat_places(heads, slots), moved)
+        self.lane.put_rows(*self._flat_places(heads, new), rows)
 
     def _flat_places(self, heads: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.table[heads, slots // self.block_size], slots % self.block_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ CHUNK_TOKENS: int = TorchDecoder.model_fields["max_num_batched_tokens"].default
 
 @dataclass(frozen=True)
 class DecodeSample:
-    """Equal sequences, prefilled and decoding. step_s: the median of plain steps. rows: from steps timed mark by mark.
+    """Equal sequences, prefilled and decoding. step_s: the mean of plain steps. rows: from steps timed mark by mark.
 
     prefill_s: all prompts, in steps of at most CHUNK_TOKENS, and their compression; None where none was computed.
-    spread_frac: (p80 - p20) / median of the plain steps. cache_bytes: of the pool when the last step was done;
+    spread_frac: (p80 - p20) / mean of the plain steps. cache_bytes: of the pool when the last step was done;
     cache_peak_bytes: the most, prompts before compression included.
     """
 
@@ -86,7 +86,7 @@ def prompt(decoder: Decoder, prompt_tokens: int, max_steps: int) -> CachedSequen
 
 
 def sample_end(decoder: Decoder, prompt_tokens: int, repeats: int = 3) -> tuple[float, Rows]:
-    """(median seconds, rows) of the compression of one prompt; no rows where the policies do nothing then."""
+    """(mean seconds, rows) of the compression of one prompt; no rows where the policies do nothing then."""
     seconds: list[float] = []
     rows: Rows = []
     ops = decoder.plan.compress_ops(prompt_tokens, prompt_tokens)
@@ -105,7 +105,7 @@ def sample_end(decoder: Decoder, prompt_tokens: int, repeats: int = 3) -> tuple[
         finally:
             decoder.transformer.clock = NoClock()
             decoder.close(sequence)
-    return median(seconds), means(rows)
+    return fmean(seconds), means(rows)
 
 
 def packed(batch: int, prompt_tokens: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -172,7 +172,7 @@ def sample_decode(
         for sequence in sequences:
             decoder.close(sequence)
     low, high = np.percentile(plain, (20, 80))
-    step_s = median(plain)
+    step_s = fmean(plain)
     return DecodeSample(
         batch, context_tokens, step_s, means(rows), prefill_s, float(high - low) / step_s, round(held), round(peak)
     )
@@ -181,7 +181,7 @@ def sample_decode(
 def sample_prefill(
     decoder: Decoder, new_tokens: int, prior_tokens: int, repeats: int = 3, weight_dtype: str = "fp32"
 ) -> tuple[float, Rows]:
-    """(median seconds, rows) of a chunk in the middle of a prompt: nothing is compressed after it."""
+    """(mean seconds, rows) of a chunk in the middle of a prompt: nothing is compressed after it."""
     vocab = decoder.transformer.spec.model.vocab_size
     seconds: list[float] = []
     rows: Rows = []
@@ -202,7 +202,7 @@ def sample_prefill(
         finally:
             decoder.transformer.clock = NoClock()
             decoder.close(sequence)
-    return median(seconds), means(rows)
+    return fmean(seconds), means(rows)
 
 
 def _seed_prior(decoder: Decoder, sequence: CachedSequence, prior_tokens: int) -> None:

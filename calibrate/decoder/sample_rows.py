@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -12,7 +12,7 @@ from kvsim.calibrate.decoder.sequence import CachedSequence
 from kvsim.dtypes import activation_bytes
 from kvsim.engines.torch_decoder import TorchDecoder
 from kvsim.forward import head_ops, linear_ops
-from kvsim.ops import Elementwise, Gemm, HostWork, Op, PolicyKernel, PrefillAttention
+from kvsim.ops import Elementwise, Gemm, Op, PolicyKernel, PrefillAttention
 from kvsim.policies.compose import CachePlan
 from kvsim.pricing import one_by_one
 
@@ -37,7 +37,7 @@ def decode_rows(
     """Rows of one timed decode step."""
     batch, seconds, shape = len(sequences), clock.seconds, plan.shape
     rows: Rows = list(_linear_rows(decoder, batch, clock, weight_dtype))
-    engine, model = TorchDecoder(attention=decoder.attention.name), decoder.transformer.spec.model
+    engine, model = TorchDecoder(attention=decoder.attention.name).for_plan(plan), decoder.transformer.spec.model
     rows += [(op, seconds["lm_head"]) for _, op in head_ops(model, 1, batch, weight_dtype=weight_dtype)]
     rows += [(op, seconds["sampler"]) for op in engine.sampler_ops(batch, model.vocab_size, activation_bytes(weight_dtype))]
     slots, resident, longest = _read_slots(plan, sequences)
@@ -45,11 +45,16 @@ def decode_rows(
     rows.append((attention, seconds["attention"] / shape.num_layers))
     ops = plan.step_ops(batch, resident)
     policies = policy_rows(one_by_one(ops, engine.one_by_one(plan), batch), clock)
-    # What a policy does beyond its declared kernels, such as moving a ring on, is the step's own.
-    told = {op.kernel for op, _ in policies if isinstance(op, PolicyKernel)}
-    rest = sum(value for label, value in seconds.items() if label in KERNEL_LABELS - told)
-    rows.append((HostWork("torch_decoder", "step", batch), seconds["step"] + rest))
-    return rows + policies
+    # What a policy does beyond its declared kernels, such as moving a ring on, is the step's own; not what it does in some steps alone.
+    acts = (*ops, *(op for policy in plan.acting for op in policy.action_ops(shape, 1)))
+    ((host,), *_) = engine.host_ops(batch, 0)
+    return [*rows, (host, seconds["step"] + _rest(acts, seconds)), *policies]
+
+
+def _rest(ops: Iterable[Op], seconds: Mapping[Hashable, float]) -> float:
+    """Seconds of policies' work that none of their Ops tells."""
+    told = {op.kernel for op in ops if isinstance(op, PolicyKernel)}
+    return sum(value for label, value in seconds.items() if label in KERNEL_LABELS - told)
 
 
 def _read_slots(plan: CachePlan, sequences: Sequence[CachedSequence]) -> tuple[float, int, int]:
@@ -71,9 +76,13 @@ def prefill_rows(decoder: Decoder, new_tokens: int, prior_tokens: int, clock: Op
     plan = decoder.plan
     shape = plan.shape
     rows: Rows = list(_linear_rows(decoder, new_tokens, clock, weight_dtype))
-    op = PrefillAttention(new_tokens, prior_tokens, shape.q_heads, shape.kv_heads, shape.head_dim, plan.kv_dtype)
-    rows.append((op, clock.seconds["attention"] / shape.num_layers))
-    return rows + policy_rows(plan.prefill_ops(new_tokens, prior_tokens), clock)
+    stored = TorchDecoder(attention=decoder.attention.name).chunk_format(plan)
+    op = PrefillAttention(new_tokens, prior_tokens, shape.q_heads, shape.kv_heads, shape.head_dim, stored)
+    ops = plan.prefill_ops(new_tokens, prior_tokens)
+    whole = prior_tokens + new_tokens
+    told = (*ops, *plan.compress_ops(whole, whole))  # of KIVI's codes, which are counted when a prompt ends
+    rows.append((op, (clock.seconds["attention"] + _rest(told, clock.seconds)) / shape.num_layers))  # the cache is written in it
+    return rows + policy_rows(ops, clock)
 
 
 def policy_rows(ops: Sequence[Op], clock: OpClock) -> Rows:

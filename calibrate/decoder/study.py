@@ -22,6 +22,7 @@ from kvsim.calibrate.decoder.weights import random_weights
 from kvsim.calibrate.device.op_json import op_from_json, op_to_json
 from kvsim.calibrate.device.rows_file import OK, Row, RowFile
 from kvsim.calibrate.rows import MeasuredRow
+from kvsim.engines.torch_decoder import TorchDecoder
 from kvsim.errors import InputError
 from kvsim.model import Model
 from kvsim.policies.base import CacheShape, Policy
@@ -32,7 +33,7 @@ STEP = "step"
 NO_MEMORY, REFUSED = "out of memory", "refused"
 FIT, DECODE = "largest batch", "decode step"
 """Kinds of cases; the first is also the status of its row."""
-ROWS_VERSION = 4
+ROWS_VERSION = 5
 """Of what the rows of a case hold."""
 FIT_STEPS = 8
 """Decoded by the largest batch: enough for a share of the sequences to take further blocks."""
@@ -78,7 +79,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Study:
-    """models by name; cases are all combinations, but of `chunks` each policy has every `chunk_stride`-th, from another one on."""
+    """models by name; cases are all combinations, but of `chunks` each policy has every `chunk_stride`-th, from another one on in each
+    model: of as many models as that, together all.
+    """
 
     models: Mapping[str, Model]
     policies: Mapping[str, Sequence[Policy]]
@@ -108,8 +111,8 @@ class Study:
         ]  # fmt: skip
         found += [
             Case(model, policy, 1, tokens, prior)
-            for model in self.models for index, policy in enumerate(self.policies)
-            for tokens in self.chunks[index % self.chunk_stride :: self.chunk_stride] for prior in self.priors
+            for row, model in enumerate(self.models) for column, policy in enumerate(self.policies)
+            for tokens in self.chunks[(row + column) % self.chunk_stride :: self.chunk_stride] for prior in self.priors
         ]  # fmt: skip
         found += [
             Case(model, policy, 0, tokens)
@@ -128,11 +131,15 @@ def _compresses(policies: Sequence[Policy]) -> bool:
     return any(policy.dimension in ("tokens", "channels") for policy in policies)
 
 
-def make_plan(model: Model, policies: Sequence[Policy], weight_dtype: str, block_size_tokens: int, name: str) -> CachePlan:
+def make_plan(
+    model: Model, policies: Sequence[Policy], weight_dtype: str, block_size_tokens: int, name: str, attention: str
+) -> CachePlan:
+    """attention: the backend that decodes attend with."""
     shape = CacheShape(
         model.num_layers, model.num_q_heads, model.num_kv_heads, model.head_dim, ELEMENT_BYTES[weight_dtype], block_size_tokens
     )
-    return CachePlan(Composition(policies, f"policies.{name}"), shape, weight_dtype)
+    composition = Composition(policies, f"policies.{name}")
+    return CachePlan(composition, shape, weight_dtype, TorchDecoder(attention=attention).attention_layout(composition))
 
 
 class Bench:
@@ -149,7 +156,9 @@ class Bench:
         wanted = model, policy, study.pool_bytes if pool_bytes is None else pool_bytes
         if self._last is None or self._last[0] != wanted:
             self._last = None  # its pool makes room before the next is allocated
-            plan = make_plan(study.models[model], study.policies[policy], study.weight_dtype, study.block_size_tokens, policy)
+            attention = study.attention or default_attention(self.device)
+            shape = study.models[model], study.policies[policy], study.weight_dtype, study.block_size_tokens
+            plan = make_plan(*shape, policy, attention)
             self._last = wanted, Decoder(self._transformer(model), plan, wanted[2], attention=study.attention)
         return self._last[1]
 

@@ -28,16 +28,16 @@ class Transformer:
         self._splits = [model.num_q_heads * model.head_dim, *[model.num_kv_heads * model.head_dim] * 2]
 
     def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Last hidden states, normed, `[tokens, hidden]`."""
+        """Last hidden states, normed, `[tokens, hidden]`. What is done once, and not in every layer, is marked as the embedding's."""
         spec, weights = self.spec, self.weights
         x = F.embedding(tokens, weights.embedding)
         if weights.positions is not None:
             x = x + weights.positions[positions + spec.position_offset]
         if weights.embedding_norm is not None:
             x = self._norm(x, weights.embedding_norm)
+        turn = self.rotary.angles(positions) if self.rotary is not None else None
         mark = self.clock.mark
         mark("embedding")
-        turn = self.rotary.angles(positions) if self.rotary is not None else None
         for index, layer in enumerate(weights.layers):
             normed = self._norm(x, layer.norms[0])
             mark("norm")
@@ -49,8 +49,9 @@ class Transformer:
                 normed = self._norm(x, layer.norms[1])
                 mark("norm")
                 x = x + self._mlp(layer, normed)
-        x = self._norm(x, weights.final_norm)
         mark("norm")
+        x = self._norm(x, weights.final_norm)
+        mark("embedding")
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from kvsim.workload_fields import Number
 if TYPE_CHECKING:
     from kvsim.engines.scheduler import Scheduler
     from kvsim.hardware import Gpu
-    from kvsim.policies.compose import CachePlan
+    from kvsim.policies.compose import CachePlan, Composition
     from kvsim.pool import BlockPool
 
 KvCacheDtype = Literal["auto", "fp32", "fp16", "bf16", "fp8", "int8"]
@@ -131,6 +131,14 @@ class Engine(Frozen):
     def for_plan(self, plan: CachePlan) -> Engine:
         """The engine as it runs this composition of policies: one that some of them keep from replaying graphs runs eagerly."""
         return self
+
+    def attention_layout(self, composition: Composition) -> str:
+        """`layout` of decode attention under these policies."""
+        return self.layout
+
+    def chunk_format(self, plan: CachePlan) -> str:
+        """Format in which a prompt's chunk reads what the cache holds of the prompt."""
+        return plan.kv_dtype
 
     def one_by_one(self, plan: CachePlan) -> frozenset[str]:
         """Policies' kernels that are launched for one sequence of the decoding batch after the other."""

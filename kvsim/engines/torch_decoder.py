@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
 from kvsim.engines.scheduler import Scheduler
@@ -17,9 +17,14 @@ from kvsim.engines.vllm_memory import forward_bytes
 from kvsim.engines.vllm_v1 import V1Scheduler
 from kvsim.model import Model
 from kvsim.ops import HostWork
-from kvsim.policies.compose import CachePlan
+from kvsim.policies.compose import CachePlan, Composition
 from kvsim.pool import BlockPool
 
+OWN_STEPS = {
+    "kv_compress": "blocks of its heads change hands in every step, and block tables with them",
+    "fp8": "elements are converted as they are written",
+}
+"""Policies, or formats, whose steps do work that no Op counts, and which."""
 _LOGIT_BYTES = 4
 """The decoder's logits are fp32."""
 NOT_CAPTURED = {
@@ -51,6 +56,9 @@ class TorchDecoder(Engine):
     updates_whole_pool: ClassVar[bool] = False
     host_overlap: ClassVar[Literal["async", "sync"]] = "sync"
 
+    _own_steps: str = PrivateAttr("")
+    """Of OWN_STEPS, those of the plan."""
+
     @property
     def block_tokens(self) -> int:
         return self.block_size_tokens
@@ -70,7 +78,23 @@ class TorchDecoder(Engine):
         return next((f"{kind}: {NOT_CAPTURED[kind]}" for kind in kinds if kind in NOT_CAPTURED), "")
 
     def for_plan(self, plan: CachePlan) -> TorchDecoder:
-        return self.model_copy(update={"enforce_eager": True}) if self.why_eager(plan) and not self.enforce_eager else self
+        found = {str(getattr(policy, "kind", "")) for policy in plan.composition.policies} | {plan.code_format}
+        own_steps, eager = "+".join(sorted(found & OWN_STEPS.keys())), self.enforce_eager or bool(self.why_eager(plan))
+        if (own_steps, eager) == (self._own_steps, self.enforce_eager):
+            return self
+        engine = self.model_copy(update={"enforce_eager": eager})
+        engine._own_steps = own_steps
+        return engine
+
+    def attention_layout(self, composition: Composition) -> str:
+        """Torch attends heads of a cache up to the longest of them, and turns the query for tokens whose positions move."""
+        if self.attention == "torch" and composition.per_head_lengths:
+            return "padded"
+        return "turned" if self.attention == "torch" and composition.moves_positions else self.layout
+
+    def chunk_format(self, plan: CachePlan) -> str:
+        """Torch widens the codes of earlier tokens in the attention of every chunk."""
+        return plan.code_format
 
     def one_by_one(self, plan: CachePlan) -> frozenset[str]:
         """Choosing and moving slots; writing KIVI's rings; and torch's scores, since only small and alike caches are attended together."""
@@ -80,7 +104,8 @@ class TorchDecoder(Engine):
 
     def host_ops(self, batch: int, num_launches: int) -> tuple[tuple[HostWork, ...], ...]:
         """On a CPU launches are part of what Ops take, and its profile says that they cost nothing beside."""
-        return (HostWork("torch_decoder", "step", batch),), (HostWork("torch_decoder", "eager_launch", num_launches),), ()
+        step = HostWork("torch_decoder", "step", batch, self._own_steps)
+        return (step,), (HostWork("torch_decoder", "eager_launch", num_launches),), ()
 
     def memory_lines(self, model: Model, tp: int, weight_dtype: str) -> tuple[MemoryLine, ...]:
         logits = _LOGIT_BYTES * self.max_num_seqs * model.vocab_size

@@ -56,6 +56,10 @@ class Composition:
     def per_head_lengths(self) -> bool:
         return any(p.per_head_lengths for p in self.policies)
 
+    @property
+    def moves_positions(self) -> bool:
+        return any(p.moves_positions for p in self.policies)
+
     def describe(self) -> str:
         return " + ".join(_kind(p) for p in self.policies) or "full"
 
@@ -136,7 +140,9 @@ class CachePlan:
         self.is_plain = not self.prunes and not self.window_tokens
         """Every slot has one width: bytes read are in proportion to tokens resident."""
         self.slot_bytes = self.key_pruned_narrow + self.value_narrow
-        self.kv_format = channels.format_name(bits.format_name(self.kv_dtype, full), full)
+        self.code_format = bits.format_name(self.kv_dtype, full)
+        """Of tokens whose channels are all there."""
+        self.kv_format = channels.format_name(self.code_format, full)
 
     def _block_bytes(self, group: HeadGroup, key_bytes: float) -> int:
         shape = self.shape

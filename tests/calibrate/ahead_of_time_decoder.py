@@ -33,7 +33,7 @@ def main() -> int:
     triton_attention.INTERPRETED = True  # the check would refuse a CPU, where nothing is launched here
     problems = 0
     for name, policies in _policies(128).items():
-        plan = make_plan(model, policies, "bf16", BLOCK_TOKENS, name)  # type: ignore[arg-type]
+        plan = make_plan(model, policies, "bf16", BLOCK_TOKENS, name, "triton")  # type: ignore[arg-type]
         try:
             decoder = Decoder(transformer, plan, 64 * 2**20, attention="triton")
         except InputError as error:

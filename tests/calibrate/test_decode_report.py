@@ -64,7 +64,8 @@ def study(**changed: object) -> Study:
 
 def decoder_of(policies: list[Policy], pool_bytes: int) -> Decoder:
     spec = spec_of(TINY)
-    return Decoder(Transformer(spec, random_weights(spec, torch.float32, "cpu")), make_plan(TINY, policies, "fp32", 16, "p"), pool_bytes)
+    plan = make_plan(TINY, policies, "fp32", 16, "p", "torch")
+    return Decoder(Transformer(spec, random_weights(spec, torch.float32, "cpu")), plan, pool_bytes)
 
 
 def predictor_of(decoder: Decoder) -> Predictor:

@@ -20,6 +20,7 @@ from kvsim.calibrate.decoder.clock import OpClock  # noqa: E402
 from kvsim.calibrate.decoder.decoder import Decoder  # noqa: E402
 from kvsim.calibrate.decoder.sample import sample_decode, sample_prefill  # noqa: E402
 from kvsim.calibrate.decoder.spec import spec_of  # noqa: E402
+from kvsim.calibrate.decoder.studies import cpu_study  # noqa: E402
 from kvsim.calibrate.decoder.study import Case, Study, measure, measured_rows, open_rows, step_times  # noqa: E402
 from kvsim.calibrate.decoder.transformer import Transformer  # noqa: E402
 from kvsim.calibrate.decoder.weights import random_weights  # noqa: E402
@@ -270,7 +271,20 @@ def test_cases_are_named_apart() -> None:
     assert Case("m", "p", 2, 64).key != Case("m", "p", 2, 64, 0).key
 
 
-def test_chunks_are_shared_out_among_policies() -> None:
-    study = replace(tiny_study(), chunks=(8, 16, 24, 32), chunk_stride=2)
-    sizes = [{case.tokens for case in study.cases() if case.kind == "prompt chunk" and case.policy == policy} for policy in study.policies]
-    assert sizes == [{8, 24}, {16, 32}]
+def test_chunks_are_shared_out_among_policies_and_models() -> None:
+    """Each policy has all sizes: what it does for a prompt's tokens is not known beyond the largest that it was timed at."""
+    study = tiny_study()
+    twins = {"tiny": study.models["tiny"], "twin": study.models["tiny"]}
+    study = replace(study, models=twins, chunks=(8, 16, 24, 32), chunk_stride=2)
+    sizes = {
+        (model, policy): {case.tokens for case in study.cases() if (case.kind, case.model, case.policy) == ("prompt chunk", model, policy)}
+        for model in study.models for policy in study.policies
+    }  # fmt: skip
+    assert list(sizes.values()) == [{8, 24}, {16, 32}, {16, 32}, {8, 24}]
+    assert set(sizes) == {("tiny", "full"), ("tiny", "h2o"), ("twin", "full"), ("twin", "h2o")}
+
+
+def test_the_cpu_study_times_every_policy_at_every_chunk() -> None:
+    study = cpu_study()
+    for policy in study.policies:
+        assert {case.tokens for case in study.cases() if case.kind == "prompt chunk" and case.policy == policy} == set(study.chunks)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kvsim.calibrate.decoder import attention
-from kvsim.calibrate.decoder.rules.base import Rule, best, compact, window_votes
+from kvsim.calibrate.decoder.rules.base import Rule, best, compact, in_place, window_votes
 
 if TYPE_CHECKING:
     from kvsim.calibrate.decoder.sequence import CachedSequence
@@ -108,13 +108,10 @@ class KVCompress(Rule):
         )[0].tolist()
         heads = len(seq.layers[0].full.lengths)
         for index, layer in enumerate(seq.layers):
-            own, old = budgets[index * heads : (index + 1) * heads], layer.full.lengths
-            if own != old:
+            own = budgets[index * heads : (index + 1) * heads]
+            if own != layer.full.lengths:
                 assert layer.scores is not None
-                compact(seq, layer, [
-                    best(layer.scores[head : head + 1, : old[head]], own[head], min(policy.protected_tokens, own[head]))[0]
-                    for head in range(heads)
-                ])  # fmt: skip
+                compact(seq, layer, in_place(layer.scores, layer.full.lengths, own, policy.protected_tokens))
 
 
 def _padded(rows: torch.Tensor | None, width: int) -> torch.Tensor:

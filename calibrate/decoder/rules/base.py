@@ -50,6 +50,25 @@ def best(scores: torch.Tensor, budget: int, num_recent: int, num_sink: int = 0) 
     return scores.topk(min(budget, number), 1).indices.sort(1).values
 
 
+def in_place(scores: torch.Tensor, lengths: Sequence[int], budgets: Sequence[int], num_recent: int) -> list[torch.Tensor]:
+    """Slots of each head that stay, its last num_recent and the best of the others, in an order that leaves most where they are.
+
+    Those behind a head's budget go where others have left, and only the last num_recent keep their order. scores `[heads, longest]`.
+    """
+    device, width = scores.device, scores.shape[1]
+    slots = torch.arange(width, device=device)
+    length, budget = (torch.tensor(list(one), device=device)[:, None] for one in (lengths, budgets))
+    recent = budget.clamp(max=num_recent)
+    worth = scores.float().masked_fill(slots >= length - recent, -PROTECTED)  # not of the others
+    order = worth.argsort(dim=1, descending=True, stable=True)
+    stays = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, order, slots < budget - recent)
+    places = slots.repeat(len(length), 1)
+    first_recent = budget - recent
+    places[(slots < first_recent) & ~stays] = places[(slots >= first_recent) & stays]
+    places = torch.where(slots >= first_recent, slots + length - budget, places)
+    return [row[:number] for row, number in zip(places, budgets, strict=True)]
+
+
 def pooled(votes: torch.Tensor, width: int, kind: str, window: int) -> torch.Tensor:
     """Votes of the tokens before the window, pooled over `width` neighbours; those of the window as they are."""
     before = votes[:, None, : max(0, votes.shape[1] - window)]
