@@ -24,8 +24,8 @@ DTYPE_SIGMA = 0.15
 """Further standard deviation where another dtype's table is carried over by the physics: fp8 KV against bf16 KV of the same engine
 and GPU differs from the physics' ratio by 8-19 % in the H100 tables."""
 KERNEL_SIGMA = 0.5
-"""Further standard deviation where other element-wise kernels answer, of as many bytes: assumed. A chain of calls takes a multiple of what
-one call does."""
+"""Further standard deviation where other element-wise kernels answer, of as many bytes, or steps of other policies: assumed. A chain of
+calls takes a multiple of what one call does."""
 DVFS_EXPONENT = 0.4
 """Under a power limit power goes with clock x voltage squared and voltage nearly with clock, P ~ f^2.5, so clocks go with P^0.4. From an
 L40S (350 W, 64 % of its peak in GEMMs) this says 97 % for an RTX 4090 (450 W for half the peak), which measures 98 %."""
@@ -34,9 +34,12 @@ CONTEXT = AXES[DecodeAttention.kind].index("context")
 
 
 class Chosen(NamedTuple):
-    """The table that answers for a place's (kind, variant, size). carried: why it is not quite that one's; "" where it is."""
+    """The table that answers for a place's (kind, variant, size), and its own variant. carried: why it is not quite that one's; "" where
+    it is.
+    """
 
     correction: Correction
+    variant: str
     carried: str
     sigma: float
 
@@ -127,7 +130,7 @@ class MeasuredProfile:
             if not exact:
                 return None
             key = exact[0]
-        return Chosen(self._corrections[key], carried, sigma)
+        return Chosen(self._corrections[key], key[1], carried, sigma)
 
     def _another_attention(self, kind: str, stored: str) -> tuple[list[TableKey], str]:
         """Tables of plain launches over what is stored so, or over wider elements; and what to say of them."""
@@ -155,7 +158,8 @@ class MeasuredProfile:
         else:
             seconds *= exp(chosen.correction.at(place.at))
         inside = chosen.correction.covers(place.at)
-        source, bias, size_class = self._label(op.kind, error_class(place, base.size_class), chosen, inside)
+        answering = place._replace(variant=chosen.variant)
+        source, bias, size_class = self._label(op.kind, error_class(answering, base.size_class), chosen, inside)
         return Answer(seconds, source, bias, size_class)
 
     def _gemm_ratio(self, op: Gemm, chosen: Chosen, place: Place) -> float:
@@ -254,7 +258,8 @@ class MeasuredProfile:
             if kind in kinds:
                 quantiles = self._quantiles(kind, size_class)
                 found[kind, size_class] = quantiles
-                kernels = KERNEL_SIGMA if kind == Elementwise.kind and self._names_kernels else 0.0
+                others = kind == HostWork.kind or (kind == Elementwise.kind and self._names_kernels)
+                kernels = KERNEL_SIGMA if others else 0.0
                 found[kind, f"{size_class}, carried"] = widened(quantiles, hypot(sigma, kernels))
         return found
 

@@ -28,9 +28,9 @@ from kvsim.engines import VllmV1
 from kvsim.errors import InputError
 from kvsim.forward import linear_ops
 from kvsim.hardware import list_gpus, load_gpu
-from kvsim.measured import MeasuredProfile, widened
+from kvsim.measured import KERNEL_SIGMA, MeasuredProfile, widened
 from kvsim.model import load_model
-from kvsim.ops import DecodeAttention, Elementwise, Gemm, MixedAttention, Op, PrefillAttention
+from kvsim.ops import DecodeAttention, Elementwise, Gemm, HostWork, MixedAttention, Op, PrefillAttention
 from kvsim.profile import Answer
 from kvsim.profile_file import ProfileFile, dump_profile_file, load_profile_file, shipped
 from kvsim.profiles import load_profile
@@ -210,6 +210,40 @@ def test_kernels_of_a_forward_pass_have_tables_of_their_own_beside_one_for_all()
     assert measured.source.startswith("measured") and "from other kernels" in carried.source
     assert carried.log_bias[2] > 0.5 > 10 * measured.log_bias[2]
     assert all(profile.answer(Elementwise(name, 2**20)).size_class in {c for _, c in profile.log_biases} for name in ("norm", "add"))
+
+
+def test_ways_of_attending_and_steps_of_policies_have_tables_of_their_own() -> None:
+    """Padded heads take twice as long here and a policy's steps three times. What has no table is answered by what others have."""
+    truth, found = DatasheetProfile(A100), Import("made", "1", "made up")
+
+    def attend(slots: int, layout: str) -> DecodeAttention:
+        return DecodeAttention(4, 8, 2, 64, slots, slots // 8, 512.0, "fp32", layout)
+
+    for size in range(8, 16):
+        timed: list[tuple[Op, int]] = [(attend(2**size, "paged"), 1), (attend(2**size, "padded"), 2)]
+        timed += [(HostWork("torch_decoder", "step", 2 ** (size - 8), variant), 1 + 2 * bool(variant)) for variant in ("", "kv_compress")]
+        timed.append((PrefillAttention(2 ** (size - 4), 0, 8, 2, 64, "fp32"), 1))
+        for op, factor in timed:
+            found.add(op, factor * truth.answer(op).seconds, f"made:{size}", A100)
+    profile = MeasuredProfile(build(A100, found, "made up", sparse=True)[0], A100, A100)
+
+    def ratio(op: Op) -> float:
+        return profile.answer(op).seconds / truth.answer(op).seconds
+
+    assert ratio(attend(5000, "paged")) == ratio(attend(5000, "contiguous")) == pytest.approx(1, rel=0.05)
+    assert ratio(attend(5000, "padded")) == pytest.approx(2, rel=0.05) and ratio(attend(5000, "turned")) == ratio(attend(5000, "paged"))
+    steps = {variant: HostWork("torch_decoder", "step", 11, variant) for variant in ("", "kv_compress", "fp8")}
+    assert ratio(steps[""]) == ratio(steps["fp8"]) == pytest.approx(1, rel=0.05)
+    assert ratio(steps["kv_compress"]) == pytest.approx(3, rel=0.05)
+    carried = {
+        "from plain launches": attend(5000, "turned"), "from steps of other policies": steps["fp8"],
+        "from fp32 by bytes": PrefillAttention(100, 0, 8, 2, 64, "int8"),
+    }  # fmt: skip
+    for reason, op in carried.items():
+        answer = profile.answer(op)
+        assert reason in answer.source and (op.kind, answer.size_class) in profile.log_biases, "or uncertainty would leave it as it is"
+        assert profile.log_biases[op.kind, answer.size_class][2] >= answer.log_bias[2] > 0.1
+    assert profile.answer(steps["fp8"]).log_bias[2] > 0.5 * KERNEL_SIGMA
 
 
 def test_single_rows_of_many_kernels_still_tell_the_physics() -> None:

@@ -12,19 +12,23 @@ from kvsim.batch import Sequence, decode_batch
 from kvsim.cost import StepCosts
 from kvsim.cost_types import Chunk
 from kvsim.engines.base import Engine
-from kvsim.engines.torch_decoder import NOT_CAPTURED, TorchDecoder
+from kvsim.engines.torch_decoder import NOT_CAPTURED, OWN_STEPS, TorchDecoder
 from kvsim.engines.vllm_v1 import VllmV1
 from kvsim.forward import linear_ops
 from kvsim.hardware import load_gpu
 from kvsim.model import load_model
 from kvsim.ops import HostWork, PolicyKernel
 from kvsim.policies import POLICIES
+from kvsim.policies.ada_kv import AdaKV
 from kvsim.policies.base import CacheShape, Policy
 from kvsim.policies.compose import CachePlan, Composition
 from kvsim.policies.h2o import H2O
 from kvsim.policies.keyformer import Keyformer
 from kvsim.policies.kivi import KIVI
+from kvsim.policies.kv_compress import KVCompress
 from kvsim.policies.kv_quant import KVQuant
+from kvsim.policies.streaming_llm import StreamingLLM
+from kvsim.policies.think import ThinK
 from kvsim.pricing import one_by_one
 from kvsim.profiles import load_profile
 from kvsim.requests import Request
@@ -113,3 +117,18 @@ def test_what_is_not_captured_names_policies() -> None:
     assert TRITON.why_eager(plan_of([H2O(budget_tokens=128), KVQuant()])) == ""
     assert TRITON.for_plan(plan_of([H2O(budget_tokens=128)])) is TRITON
     assert TRITON.for_plan(plan_of([KIVI()])).captured_tokens == 0 < TRITON.captured_tokens
+
+
+def test_what_torch_does_under_some_policies_alone_is_named() -> None:
+    """So that it has tables of its own: heads attended up to the longest, a query turned for sinks, codes widened by chunks, own steps."""
+    uneven, sinks, codes = [AdaKV(budget_tokens=128)], [StreamingLLM(window_tokens=124)], [KVQuant(dtype="int8")]
+    assert [TORCH.attention_layout(Composition(each)) for each in (uneven, sinks, codes, [])] == ["padded", "turned", "paged", "paged"]
+    assert {TRITON.attention_layout(Composition(each)) for each in (uneven, codes, [])} == {"paged"}
+    assert [TORCH.chunk_format(plan_of(each)) for each in (codes, [KIVI(bits=2)], [ThinK()], [])] == ["int8", "kivi2", "bf16", "bf16"]
+    assert VllmV1().chunk_format(plan_of(codes)) == "bf16" and VllmV1().attention_layout(Composition(uneven)) == "paged"
+    compress = KVCompress(compression_ratio=4)
+    own = {each.variant for policies in ([compress], [KVQuant(dtype="fp8")], [compress, KVQuant(dtype="fp8")], codes, [])
+           for each in asked(TORCH, policies) if isinstance(each, HostWork) and each.part == "step"}  # fmt: skip
+    assert own == {"kv_compress", "fp8", "fp8+kv_compress", ""}
+    assert {"kv_compress", "kv_quant"} <= {policy.model_fields["kind"].default for policy in POLICIES}
+    assert OWN_STEPS.keys() == {"kv_compress", "fp8"}

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="packing is shared with the Triton kernels"
 
 from kvsim.calibrate.decoder.attention import SCORE_ROWS, column_scores  # noqa: E402
 from kvsim.calibrate.decoder.decoder import Decoder  # noqa: E402
+from kvsim.calibrate.decoder.rules.base import best, in_place  # noqa: E402
 from kvsim.calibrate.decoder.sequence import CachedSequence  # noqa: E402
 from kvsim.calibrate.decoder.spec import DecoderSpec, spec_from_hf, spec_of  # noqa: E402
 from kvsim.calibrate.decoder.storage import OutOfBlocks  # noqa: E402
@@ -371,6 +372,20 @@ def test_compaction_moves_rows_as_they_are_stored(name: str, lengths: tuple[int,
         for head, slots in enumerate(kept):
             assert torch.equal(new[head, : len(slots)], old[head, slots])
     assert len(decoder.full.free) - free == 2 * 4 - sum(-(-number // 16) for number in lengths)
+
+
+def test_what_leaves_is_replaced_from_behind() -> None:
+    """The best and the newest stay as by sorting, the newest in order, and no more rows move than have left a hole before them."""
+    generator = torch.Generator().manual_seed(6)
+    lengths, budgets, recent = [50, 33, 20, 9], [32, 32, 20, 3], 8
+    scores = torch.rand(4, 50, generator=generator)
+    for head, places in enumerate(in_place(scores, lengths, budgets, recent)):
+        length, budget = lengths[head], budgets[head]
+        newest = min(recent, budget)
+        assert sorted(places.tolist()) == best(scores[head : head + 1, :length], budget, newest)[0].tolist()
+        assert places[budget - newest :].tolist() == list(range(length - newest, length))
+        moved = int((places != torch.arange(budget)).sum())
+        assert moved <= length - budget + newest and (moved == 0) == (length == budget)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])
