@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, resource_tracker
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -22,6 +22,7 @@ def without_interrupts() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # else the first start brings it, and up to CPython 3.12 that clears the mask again
     handler = signal.getsignal(signal.SIGINT)
     caught: list[tuple[int, FrameType | None]] = []
     waits = threading.current_thread() is threading.main_thread() and callable(handler)

@@ -79,6 +79,31 @@ def test_ctrl_c_ends_all_workers(argv: list[str], tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.yaml", "said"]
 
 
+BLOCKED = """\
+import signal, sys
+from multiprocessing import get_context
+from kvsim.processes import without_interrupts
+
+def tell():
+    print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)
+
+if __name__ == "__main__":
+    for _ in range(2):
+        with without_interrupts():
+            process = get_context("spawn").Process(target=tell)
+            process.start()
+        process.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks here")
+def test_the_first_process_too_is_spared_ctrl_c(tmp_path: Path) -> None:
+    """Its start brings multiprocessing's tracker of resources with it, which lets Ctrl-C through again (CPython 3.11 and 3.12)."""
+    (tmp_path / "script.py").write_text(BLOCKED)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=ENOUGH_S, check=True)
+    assert done.stdout == "True\nTrue\n"
+
+
 def test_a_pool_answers_and_passes_on_what_a_worker_raises() -> None:
     with Pool(2) as pool:
         assert list(pool.map(abs, [-1, 2, -3])) == [1, 2, 3]
