@@ -29,7 +29,7 @@ DECODE_HEADS = (
 """off: predicted over measured, less 1, of what stands before it; tokens/s are batch over step."""
 FIT_HEADS = ("policy", "context", "pool MiB", "largest batch", "predicted", "cache MiB")
 SPREAD_LIMIT = 0.10
-"""(p80 - p20) / median of a step's samples from which it is marked."""
+"""(p80 - p20) / mean of a step's samples from which it is marked."""
 PEAKS = ("allocated_peak_bytes", "resident_peak_bytes", "process_peak_bytes")
 """Of `decoder.memory`; a row has one of them."""
 

@@ -82,7 +82,8 @@ def locate(op: Op, num_sms: int) -> Place:
             log2(op.q_heads * op.num_sequences), log2(op.new_tokens), log2(op.q_heads / op.kv_heads),
             log2(op.num_sequences), log2(1 + op.prior_tokens / op.new_tokens),
         )  # fmt: skip
-        return Place(op.kind, KV_CLASSES.get(op.kv_dtype, op.kv_dtype), op.head_dim, at_prefill)
+        computed = KV_CLASSES.get(op.kv_dtype, op.kv_dtype)
+        return Place(op.kind, f"{computed} {op.stored}".rstrip(), op.head_dim, at_prefill)
     if isinstance(op, MixedAttention):
         prefill, decode = op.prefill, op.decode
         context = max(decode.kv_slots / (decode.batch * decode.kv_heads), 1.0)

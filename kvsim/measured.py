@@ -24,8 +24,10 @@ DTYPE_SIGMA = 0.15
 """Further standard deviation where another dtype's table is carried over by the physics: fp8 KV against bf16 KV of the same engine
 and GPU differs from the physics' ratio by 8-19 % in the H100 tables."""
 KERNEL_SIGMA = 0.5
-"""Further standard deviation where other element-wise kernels answer, of as many bytes, or steps of other policies: assumed. A chain of
-calls takes a multiple of what one call does."""
+"""Further standard deviation where other work answers: element-wise kernels of as many bytes, steps of other policies, attention of caches
+that are attended plainly. Assumed: a chain of calls takes a multiple of what one call does."""
+FROM_KERNELS, FROM_STEPS, FROM_PLAIN = "from other kernels", "from steps of other policies", "from plain launches"
+"""What other work than an Op's own answers for it."""
 DVFS_EXPONENT = 0.4
 """Under a power limit power goes with clock x voltage squared and voltage nearly with clock, P ~ f^2.5, so clocks go with P^0.4. From an
 L40S (350 W, 64 % of its peak in GEMMs) this says 97 % for an RTX 4090 (450 W for half the peak), which measures 98 %."""
@@ -104,12 +106,16 @@ class MeasuredProfile:
         same = [key for key in self._corrections if key[0] == kind and key[1] == variant]
         carried, sigma = "", 0.0
         if not same and kind.endswith("attention"):
-            same, carried = self._another_attention(kind, variant.partition(" ")[0])
-            sigma = DTYPE_SIGMA
+            plain = variant.partition(" ")[0]
+            same = [key for key in self._corrections if key[:2] == (kind, plain)]
+            carried, sigma = FROM_PLAIN, KERNEL_SIGMA
+            if not same:
+                same = [key for key in self._corrections if key[:2] == (kind, "16bit")]
+                carried, sigma = "from 16 bit by bytes", DTYPE_SIGMA
         if kind == Elementwise.kind and (not same or variant == POOLED):
             same = [key for key in self._corrections if key[0] == kind and key[1] == POOLED]
             if self._names_kernels:
-                carried, sigma = "from other kernels", KERNEL_SIGMA
+                carried, sigma = FROM_KERNELS, KERNEL_SIGMA
         if not same and kind == PolicyKernel.kind:  # another statistic of the same kernel
             kernel = variant.partition(" ")[0]
             same = [key for key in self._corrections if key[0] == kind and key[1].partition(" ")[0] == kernel]
@@ -117,7 +123,7 @@ class MeasuredProfile:
         if not same and kind == HostWork.kind:
             part = variant.rpartition(" ")[0]
             same = [key for key in self._corrections if key[:2] == (kind, part)]
-            carried, sigma = "from steps of other policies", KERNEL_SIGMA
+            carried, sigma = FROM_STEPS, KERNEL_SIGMA
         if not same:
             return None
         if kind.endswith("attention") and size:
@@ -131,14 +137,6 @@ class MeasuredProfile:
                 return None
             key = exact[0]
         return Chosen(self._corrections[key], key[1], carried, sigma)
-
-    def _another_attention(self, kind: str, stored: str) -> tuple[list[TableKey], str]:
-        """Tables of plain launches over what is stored so, or over wider elements; and what to say of them."""
-        for variant, carried in ((stored, "from plain launches"), ("16bit", "from 16 bit by bytes"), ("fp32", "from fp32 by bytes")):
-            found = [key for key in self._corrections if key[:2] == (kind, variant)]
-            if found:
-                return found, carried
-        return [], ""
 
     # -- answers --------------------------------------------------------------------------------------------------
 
@@ -233,7 +231,9 @@ class MeasuredProfile:
         quantiles = self._quantiles(kind, size_class)
         if not carried:
             return f"measured: {self.content.title} ({self.content.source})", quantiles, size_class
-        return f"fitted: {self.content.title}, {carried}", widened(quantiles, sigma), f"{size_class}, carried"
+        of_others = any(reason in carried for reason in (FROM_KERNELS, FROM_STEPS, FROM_PLAIN))
+        named = f"{size_class}, {'of others' if of_others else 'carried'}"
+        return f"fitted: {self.content.title}, {carried}", widened(quantiles, sigma), named
 
     def _quantiles(self, kind: str, size_class: str) -> LogBias:
         own = self.content.errors.get((kind, size_class))
@@ -258,9 +258,8 @@ class MeasuredProfile:
             if kind in kinds:
                 quantiles = self._quantiles(kind, size_class)
                 found[kind, size_class] = quantiles
-                others = kind == HostWork.kind or (kind == Elementwise.kind and self._names_kernels)
-                kernels = KERNEL_SIGMA if others else 0.0
-                found[kind, f"{size_class}, carried"] = widened(quantiles, hypot(sigma, kernels))
+                found[kind, f"{size_class}, carried"] = widened(quantiles, sigma)
+                found[kind, f"{size_class}, of others"] = widened(quantiles, hypot(sigma, KERNEL_SIGMA))
         return found
 
 

@@ -26,8 +26,8 @@ class Gemm:
 class PrefillAttention:
     """Causal attention of `new_tokens` queries over themselves and `prior_tokens` of cache, one layer.
 
-    kv_dtype: format of what the cache holds, as the launch reads it. num_sequences: equal sequences in one launch; simulations launch
-    one at a time.
+    num_sequences: equal sequences in one launch; simulations launch one at a time. stored: format of the prior tokens, where an engine
+    widens them in the same launch.
     """
 
     kind: ClassVar[str] = "prefill_attention"
@@ -38,6 +38,7 @@ class PrefillAttention:
     head_dim: int
     kv_dtype: str
     num_sequences: int = 1
+    stored: str = ""
 
     @property
     def flops(self) -> float:

@@ -210,7 +210,8 @@ class Prices:
 
     def _prefill_op(self, new_tokens: int, prior_tokens: int) -> PrefillAttention:
         shape = self.plan.shape
-        return PrefillAttention(new_tokens, prior_tokens, shape.q_heads, shape.kv_heads, shape.head_dim, self._chunk_format)
+        heads = shape.q_heads, shape.kv_heads, shape.head_dim
+        return PrefillAttention(new_tokens, prior_tokens, *heads, self.plan.kv_dtype, stored=self._chunk_format)
 
     def _prefill_attention(self, new_tokens: int, prior_tokens: int) -> int:
         """All layers of one sequence's chunk."""

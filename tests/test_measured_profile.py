@@ -222,7 +222,7 @@ def test_ways_of_attending_and_steps_of_policies_have_tables_of_their_own() -> N
     for size in range(8, 16):
         timed: list[tuple[Op, int]] = [(attend(2**size, "paged"), 1), (attend(2**size, "padded"), 2)]
         timed += [(HostWork("torch_decoder", "step", 2 ** (size - 8), variant), 1 + 2 * bool(variant)) for variant in ("", "kv_compress")]
-        timed.append((PrefillAttention(2 ** (size - 4), 0, 8, 2, 64, "fp32"), 1))
+        timed += [(PrefillAttention(2 ** (size - 4), 64, 8, 2, 64, "fp32", stored=stored), 1 + bool(stored)) for stored in ("", "int8")]
         for op, factor in timed:
             found.add(op, factor * truth.answer(op).seconds, f"made:{size}", A100)
     profile = MeasuredProfile(build(A100, found, "made up", sparse=True)[0], A100, A100)
@@ -237,13 +237,17 @@ def test_ways_of_attending_and_steps_of_policies_have_tables_of_their_own() -> N
     assert ratio(steps["kv_compress"]) == pytest.approx(3, rel=0.05)
     carried = {
         "from plain launches": attend(5000, "turned"), "from steps of other policies": steps["fp8"],
-        "from fp32 by bytes": PrefillAttention(100, 0, 8, 2, 64, "int8"),
     }  # fmt: skip
-    for reason, op in carried.items():
+    chunks = {stored: PrefillAttention(100, 64, 8, 2, 64, "fp32", stored=stored) for stored in ("", "int8", "kivi2")}
+    assert ratio(chunks["int8"]) == pytest.approx(2, rel=0.05)
+    assert profile.answer(chunks["kivi2"]).seconds == profile.answer(chunks[""]).seconds, "as exact as what is computed with"
+    for reason, op in (*carried.items(), ("from plain launches", chunks["kivi2"])):
         answer = profile.answer(op)
         assert reason in answer.source and (op.kind, answer.size_class) in profile.log_biases, "or uncertainty would leave it as it is"
         assert profile.log_biases[op.kind, answer.size_class][2] >= answer.log_bias[2] > 0.1
-    assert profile.answer(steps["fp8"]).log_bias[2] > 0.5 * KERNEL_SIGMA
+    beyond = profile.answer(HostWork("torch_decoder", "step", 4096))
+    assert "beyond the table" in beyond.source and profile.answer(steps["fp8"]).log_bias[2] > 0.9 * KERNEL_SIGMA
+    assert profile.log_biases["host", beyond.size_class][2] < 0.9 * KERNEL_SIGMA, "not of other policies' steps"
 
 
 def test_single_rows_of_many_kernels_still_tell_the_physics() -> None:

@@ -26,7 +26,7 @@ from kvsim.policies.h2o import H2O
 from kvsim.policies.keyformer import Keyformer
 from kvsim.policies.kivi import KIVI
 from kvsim.policies.kv_compress import KVCompress
-from kvsim.policies.kv_quant import KVQuant
+from kvsim.policies.kv_quant import BITS, KVQuant
 from kvsim.policies.streaming_llm import StreamingLLM
 from kvsim.policies.think import ThinK
 from kvsim.pricing import one_by_one
@@ -124,11 +124,10 @@ def test_what_torch_does_under_some_policies_alone_is_named() -> None:
     uneven, sinks, codes = [AdaKV(budget_tokens=128)], [StreamingLLM(window_tokens=124)], [KVQuant(dtype="int8")]
     assert [TORCH.attention_layout(Composition(each)) for each in (uneven, sinks, codes, [])] == ["padded", "turned", "paged", "paged"]
     assert {TRITON.attention_layout(Composition(each)) for each in (uneven, codes, [])} == {"paged"}
-    assert [TORCH.chunk_format(plan_of(each)) for each in (codes, [KIVI(bits=2)], [ThinK()], [])] == ["int8", "kivi2", "bf16", "bf16"]
-    assert VllmV1().chunk_format(plan_of(codes)) == "bf16" and VllmV1().attention_layout(Composition(uneven)) == "paged"
+    assert [TORCH.chunk_format(plan_of(each)) for each in (codes, [KIVI(bits=2)], [ThinK()], [])] == ["int8", "kivi2", "", ""]
+    assert VllmV1().chunk_format(plan_of(codes)) == "" and VllmV1().attention_layout(Composition(uneven)) == "paged"
     compress = KVCompress(compression_ratio=4)
     own = {each.variant for policies in ([compress], [KVQuant(dtype="fp8")], [compress, KVQuant(dtype="fp8")], codes, [])
            for each in asked(TORCH, policies) if isinstance(each, HostWork) and each.part == "step"}  # fmt: skip
     assert own == {"kv_compress", "fp8", "fp8+kv_compress", ""}
-    assert {"kv_compress", "kv_quant"} <= {policy.model_fields["kind"].default for policy in POLICIES}
-    assert OWN_STEPS.keys() == {"kv_compress", "fp8"}
+    assert OWN_STEPS.keys() <= {policy.model_fields["kind"].default for policy in POLICIES} | set(BITS)

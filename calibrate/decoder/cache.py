@@ -81,16 +81,17 @@ class Rows:
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.read_keys(), self.read_values()
 
-    def keep(self, kept: list[torch.Tensor]) -> None:
+    def keep(self, kept: list[torch.Tensor], holes: bool = False) -> None:
         """Compaction: of each head these slots stay, in this order, as they are stored; blocks behind are freed.
 
-        Rows that stay in their slot are not moved.
+        holes: most rows stay in their slot, and only the others are moved (a GPU waits to learn which).
         """
         lengths = [len(slots) for slots in kept]
         heads = torch.arange(len(kept)).repeat_interleave(torch.tensor(lengths)).to(self.device)
         old, new = torch.cat(kept), torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        moves = old != new
-        heads, old, new = heads[moves], old[moves], new[moves]
+        if holes:
+            moves = old != new
+            heads, old, new = heads[moves], old[moves], new[moves]
         rows = self.lane.take_rows(*self._flat_places(heads, old))
         self.resize(lengths)
         self.lane.put_rows(*self._flat_places(heads, new), rows)

@@ -16,6 +16,8 @@ from kvsim.ops import Elementwise, Gemm, Op, PolicyKernel, PrefillAttention
 from kvsim.policies.compose import CachePlan
 from kvsim.pricing import one_by_one
 
+LONG = 1 << 20
+"""Tokens of a prompt that every policy compresses."""
 KERNEL_LABELS = {"select", "compact", "decode_attention_scored", "kv_quantize"}
 """Marks of what policies do in a decode step."""
 Rows = list[tuple[Op, float]]
@@ -77,10 +79,9 @@ def prefill_rows(decoder: Decoder, new_tokens: int, prior_tokens: int, clock: Op
     shape = plan.shape
     rows: Rows = list(_linear_rows(decoder, new_tokens, clock, weight_dtype))
     stored = TorchDecoder(attention=decoder.attention.name).chunk_format(plan)
-    op = PrefillAttention(new_tokens, prior_tokens, shape.q_heads, shape.kv_heads, shape.head_dim, stored)
+    op = PrefillAttention(new_tokens, prior_tokens, shape.q_heads, shape.kv_heads, shape.head_dim, plan.kv_dtype, stored=stored)
     ops = plan.prefill_ops(new_tokens, prior_tokens)
-    whole = prior_tokens + new_tokens
-    told = (*ops, *plan.compress_ops(whole, whole))  # of KIVI's codes, which are counted when a prompt ends
+    told = (*ops, *plan.compress_ops(LONG, LONG))  # KIVI's codes are counted when a prompt ends, and written in its chunks
     rows.append((op, (clock.seconds["attention"] + _rest(told, clock.seconds)) / shape.num_layers))  # the cache is written in it
     return rows + policy_rows(ops, clock)
 

@@ -80,7 +80,7 @@ class Case:
 @dataclass(frozen=True)
 class Study:
     """models by name; cases are all combinations, but of `chunks` each policy has every `chunk_stride`-th, from another one on in each
-    model: of as many models as that, together all.
+    model: with at least so many models, every policy has every chunk.
     """
 
     models: Mapping[str, Model]

@@ -19,6 +19,7 @@ from kvsim.policies import kernels as counted
 from kvsim.policies.base import CacheShape
 from kvsim.policies.kivi import KIVI
 from kvsim.policies.kv_quant import KVQuant
+from kvsim.policies.scissorhands import COUNTER_BYTES
 from kvsim.policies.think import ThinK
 
 WINDOW_TOKENS = 32
@@ -63,9 +64,10 @@ def _scores(h: Heads, cache: Fields) -> Iterator[tuple[str, Fields, Op]]:
     """Scores that decode attention leaves, and scores of a prompt by its last queries or by all of them."""
     shape, group = one_layer(h), h.q_heads // h.kv_heads
     slots, tokens = cache["batch"] * h.kv_heads * cache["tokens"], cache["tokens"]
-    for statistic, passes in (("sum", 1), ("gumbel", 2)):
+    whole = counted.SCORE_BYTES
+    for statistic, passes, score_bytes in (("sum", 1, whole), ("threshold_count", 1, COUNTER_BYTES), ("gumbel", 2, whole)):
         fields = cache | {"group": group, "statistic": statistic}
-        yield "decode_attention_scored", fields, counted.accumulate_scores(shape, slots, passes)
+        yield "decode_attention_scored", fields, counted.accumulate_scores(shape, slots, passes, score_bytes)
     if cache["batch"] == 1:
         window = cache | {"group": group, "num_queries": min(WINDOW_TOKENS, tokens), "pooling": "mean"}
         yield "prefill_scores", window, counted.window_scores(shape, tokens, window["num_queries"])

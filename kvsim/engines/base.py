@@ -137,8 +137,8 @@ class Engine(Frozen):
         return self.layout
 
     def chunk_format(self, plan: CachePlan) -> str:
-        """Format in which a prompt's chunk reads what the cache holds of the prompt."""
-        return plan.kv_dtype
+        """`stored` of a prompt's chunks: the cache's format, where they widen it themselves."""
+        return ""
 
     def one_by_one(self, plan: CachePlan) -> frozenset[str]:
         """Policies' kernels that are launched for one sequence of the decoding batch after the other."""

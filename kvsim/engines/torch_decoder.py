@@ -23,8 +23,9 @@ from kvsim.pool import BlockPool
 OWN_STEPS = {
     "kv_compress": "blocks of its heads change hands in every step, and block tables with them",
     "fp8": "elements are converted as they are written",
+    "scissorhands": "positions and counts grow with the cache, and are copied when they do",
 }
-"""Policies, or formats, whose steps do work that no Op counts, and which."""
+"""Policies, or formats, whose steps take half as long again on the host, or more, for work that no Op counts: host work of their own."""
 _LOGIT_BYTES = 4
 """The decoder's logits are fp32."""
 NOT_CAPTURED = {
@@ -94,7 +95,7 @@ class TorchDecoder(Engine):
 
     def chunk_format(self, plan: CachePlan) -> str:
         """Torch widens the codes of earlier tokens in the attention of every chunk."""
-        return plan.code_format
+        return plan.code_format if plan.code_format != plan.kv_dtype else ""
 
     def one_by_one(self, plan: CachePlan) -> frozenset[str]:
         """Choosing and moving slots; writing KIVI's rings; and torch's scores, since only small and alike caches are attended together."""

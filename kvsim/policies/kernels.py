@@ -71,12 +71,14 @@ def accumulate_scores(
 ) -> PolicyKernel:
     """Logits of a decode step reduced into scores: raw logits per query head written and read, scores updated.
 
-    passes: softmax-like passes over the logits (Keyformer runs a second, Gumbel one).
+    passes: softmax-like passes over the logits (Keyformer runs a second, Gumbel one). score_bytes: fewer than SCORE_BYTES: a counter,
+    of probabilities above a threshold (Scissorhands).
     """
     logits = num_slots * shape.group * SCORE_BYTES
+    one_pass = "sum" if score_bytes == SCORE_BYTES else "count"
     return PolicyKernel(
         "decode_attention_scored",
-        variant="sum" if passes == 1 else "gumbel",
+        variant=one_pass if passes == 1 else "gumbel",
         bytes_moved=2 * passes * logits + 2 * num_slots * score_bytes,
         num_launches=passes * shape.num_layers,
     )
@@ -93,6 +95,11 @@ def select(shape: CacheShape, num_slots: int, one: bool = False) -> PolicyKernel
 def compact(shape: CacheShape, kept_slots: int) -> PolicyKernel:
     """Gather-copy of the kept K and V: read once and written once."""
     return PolicyKernel("compact", bytes_moved=2.0 * kept_slots * shape.slot_bytes, num_launches=shape.num_layers)
+
+
+def fill_holes(shape: CacheShape, moved_slots: int, num_launches: int) -> PolicyKernel:
+    """The same of survivors that move into what others have left, one by one."""
+    return PolicyKernel("compact", bytes_moved=2.0 * moved_slots * shape.slot_bytes, num_launches=num_launches, variant="holes")
 
 
 def rerotate(shape: CacheShape, num_slots: int) -> PolicyKernel:

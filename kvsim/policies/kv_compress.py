@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from kvsim.ops import Op, PolicyKernel
 from kvsim.policies import kv_compress_paper as paper
 from kvsim.policies.base import CacheShape, Dimension, HeadGroup, Needs, Policy, SequenceShape
-from kvsim.policies.kernels import compact, kept_slots, metric_pool, select, window_scores, write_probabilities
+from kvsim.policies.kernels import fill_holes, kept_slots, metric_pool, select, window_scores, write_probabilities
 from kvsim.policies.ramp import Ramp
 from kvsim.policies.shares import EXPONENTIAL_SHARES, HeadShares, class_tokens, head_classes
 
@@ -165,7 +165,7 @@ class KVCompress(Policy):
         whole, kept = seq.prefill_tokens * shape.num_pairs, kept_slots(self, shape, seq)
         if kept == whole:
             return (metrics,)
-        moves = compact(shape, min(kept, whole - kept))
+        moves = fill_holes(shape, min(kept, whole - kept), shape.num_layers)
         return (metrics, moves) if own else (metrics, self._sort(shape, whole), moves)
 
     def joint_compress_ops(self, shape: CacheShape, seq: SequenceShape) -> tuple[Op, ...]:
@@ -187,7 +187,7 @@ class KVCompress(Policy):
         if self.compression_ratio == 1:
             return (scores,)
         sort = (self._sort(shape, num_slots),) if self.interval_steps == 1 else ()
-        return (scores, *sort, replace(compact(shape, batch * shape.num_pairs), num_launches=1))
+        return (scores, *sort, fill_holes(shape, batch * shape.num_pairs, 1))
 
     def pool_ops(self, shape: CacheShape, pool_slots: int) -> tuple[Op, ...]:
         return (metric_pool(shape, pool_slots),)

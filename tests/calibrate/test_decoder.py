@@ -360,14 +360,17 @@ def test_the_cache_has_the_layout_of_the_kernels() -> None:
 
 @pytest.mark.parametrize("name", ["full", "int4", "fp8"])
 @pytest.mark.parametrize("lengths", [(20, 20), (37, 5)])
-def test_compaction_moves_rows_as_they_are_stored(name: str, lengths: tuple[int, int]) -> None:
+@pytest.mark.parametrize("holes", [False, True])
+def test_compaction_moves_rows_as_they_are_stored(name: str, lengths: tuple[int, int], holes: bool) -> None:
     """Nothing is rounded a second time, whether heads keep equally many tokens or not, and blocks behind are free."""
     decoder, sequence = filled(STEADY[name], 50)
     rows, generator = sequence.layers[1].full, torch.Generator().manual_seed(5)
     before = rows.read()
     free = len(decoder.full.free)
     kept = [torch.randperm(50, generator=generator)[:number].sort().values for number in lengths]
-    rows.keep(kept)
+    kept[0] = kept[0][torch.randperm(len(kept[0]), generator=generator)]  # in any order: rows move over each other
+    kept[1][0] = 0  # one that stays where it is
+    rows.keep(kept, holes)
     for old, new in zip(before, rows.read(), strict=True):
         for head, slots in enumerate(kept):
             assert torch.equal(new[head, : len(slots)], old[head, slots])
@@ -375,17 +378,17 @@ def test_compaction_moves_rows_as_they_are_stored(name: str, lengths: tuple[int,
 
 
 def test_what_leaves_is_replaced_from_behind() -> None:
-    """The best and the newest stay as by sorting, the newest in order, and no more rows move than have left a hole before them."""
+    """The best stay as by sorting, and one row moves for each hole."""
     generator = torch.Generator().manual_seed(6)
-    lengths, budgets, recent = [50, 33, 20, 9], [32, 32, 20, 3], 8
-    scores = torch.rand(4, 50, generator=generator)
-    for head, places in enumerate(in_place(scores, lengths, budgets, recent)):
+    lengths, budgets = [50, 33, 20, 9, 0], [32, 32, 20, 3, 0]
+    scores = torch.rand(5, 50, generator=generator)
+    for head, places in enumerate(in_place(scores, lengths, budgets)):
         length, budget = lengths[head], budgets[head]
-        newest = min(recent, budget)
-        assert sorted(places.tolist()) == best(scores[head : head + 1, :length], budget, newest)[0].tolist()
-        assert places[budget - newest :].tolist() == list(range(length - newest, length))
-        moved = int((places != torch.arange(budget)).sum())
-        assert moved <= length - budget + newest and (moved == 0) == (length == budget)
+        kept = best(scores[head : head + 1, :length], budget, 0)[0].tolist()
+        assert sorted(places.tolist()) == kept
+        assert int((places != torch.arange(budget)).sum()) == sum(slot >= budget for slot in kept)
+    with pytest.raises(AssertionError):
+        in_place(scores, lengths, [51, 32, 20, 3, 0])
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])

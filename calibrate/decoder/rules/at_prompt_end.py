@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kvsim.calibrate.decoder import attention
-from kvsim.calibrate.decoder.rules.base import Rule, best, compact, in_place, window_votes
+from kvsim.calibrate.decoder.rules.base import PROTECTED, Rule, best, compact, in_place, window_votes
 
 if TYPE_CHECKING:
     from kvsim.calibrate.decoder.sequence import CachedSequence
@@ -100,18 +100,17 @@ class KVCompress(Rule):
         excess = min(excess, int(freeable_blocks(lengths, size, policy.protected_tokens).sum()))
         if excess <= 0:
             return
-        most = int(lengths.max())
-        metrics = torch.cat([_padded(layer.scores, most) for layer in seq.layers])[None].cpu()
+        most, first_protected = int(lengths.max()), seq.num_tokens - policy.protected_tokens
+        # By position: survivors fill holes, so that slots are in no order.
+        both = [(_padded(layer.scores, most), _padded(layer.positions, most)) for layer in seq.layers]
+        worth = [scores.masked_fill(positions >= first_protected, PROTECTED) for scores, positions in both]
         free = torch.tensor([excess], dtype=torch.int32)
-        budgets = reference(
-            "blocks", metrics, lengths, blocks_to_free=free, block_size_tokens=size, protected_tokens=policy.protected_tokens
-        )[0].tolist()
+        budgets = reference("blocks", torch.cat(worth)[None].cpu(), lengths, blocks_to_free=free, block_size_tokens=size)[0].tolist()
         heads = len(seq.layers[0].full.lengths)
         for index, layer in enumerate(seq.layers):
             own = budgets[index * heads : (index + 1) * heads]
             if own != layer.full.lengths:
-                assert layer.scores is not None
-                compact(seq, layer, in_place(layer.scores, layer.full.lengths, own, policy.protected_tokens))
+                compact(seq, layer, in_place(worth[index], layer.full.lengths, own), holes=True)
 
 
 def _padded(rows: torch.Tensor | None, width: int) -> torch.Tensor:

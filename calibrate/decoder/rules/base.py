@@ -50,22 +50,18 @@ def best(scores: torch.Tensor, budget: int, num_recent: int, num_sink: int = 0) 
     return scores.topk(min(budget, number), 1).indices.sort(1).values
 
 
-def in_place(scores: torch.Tensor, lengths: Sequence[int], budgets: Sequence[int], num_recent: int) -> list[torch.Tensor]:
-    """Slots of each head that stay, its last num_recent and the best of the others, in an order that leaves most where they are.
+def in_place(scores: torch.Tensor, lengths: Sequence[int], budgets: Sequence[int]) -> list[torch.Tensor]:
+    """The best slots of each head, in an order that leaves them where they are: those behind the budget go where others have left.
 
-    Those behind a head's budget go where others have left, and only the last num_recent keep their order. scores `[heads, longest]`.
+    scores `[heads, longest]`, those past a head's length unread; budgets: at most the lengths.
     """
-    device, width = scores.device, scores.shape[1]
-    slots = torch.arange(width, device=device)
-    length, budget = (torch.tensor(list(one), device=device)[:, None] for one in (lengths, budgets))
-    recent = budget.clamp(max=num_recent)
-    worth = scores.float().masked_fill(slots >= length - recent, -PROTECTED)  # not of the others
-    order = worth.argsort(dim=1, descending=True, stable=True)
-    stays = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, order, slots < budget - recent)
+    assert all(budget <= length for budget, length in zip(budgets, lengths, strict=True))
+    slots = torch.arange(scores.shape[1], device=scores.device)
+    length, budget = (torch.tensor(list(one), device=scores.device)[:, None] for one in (lengths, budgets))
+    order = scores.masked_fill(slots >= length, -PROTECTED).argsort(dim=1, descending=True, stable=True)
+    stays = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, slots < budget)
     places = slots.repeat(len(length), 1)
-    first_recent = budget - recent
-    places[(slots < first_recent) & ~stays] = places[(slots >= first_recent) & stays]
-    places = torch.where(slots >= first_recent, slots + length - budget, places)
+    places[(slots < budget) & ~stays] = places[(slots >= budget) & stays]
     return [row[:number] for row, number in zip(places, budgets, strict=True)]
 
 
@@ -92,10 +88,10 @@ def window_votes(
     return votes
 
 
-def compact(seq: CachedSequence, layer: LayerCache, kept: Sequence[torch.Tensor]) -> None:
-    """These slots stay, with their positions and scores."""
+def compact(seq: CachedSequence, layer: LayerCache, kept: Sequence[torch.Tensor], holes: bool = False) -> None:
+    """These slots stay, with their positions and scores. holes: as of `Rows.keep`."""
     seq.clock.mark("select")
-    layer.full.keep(list(kept))
+    layer.full.keep(list(kept), holes)
     most = max(len(slots) for slots in kept)
     index = torch.stack([F.pad(slots, (0, most - len(slots))) for slots in kept])
     for name in ("positions", "scores"):
