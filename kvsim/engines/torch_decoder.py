@@ -25,7 +25,8 @@ OWN_STEPS = {
     "fp8": "elements are converted as they are written",
     "scissorhands": "positions and counts grow with the cache, and are copied when they do",
 }
-"""Policies, or formats, whose steps take half as long again on the host, or more, for work that no Op counts: host work of their own."""
+"""Policies, or formats, whose steps take half as long again on the host, or more, for work that no Op counts: host work of their own.
+Steps that compute chunks alone are priced with it too, some 0.2 ms of the 25 and more that they take."""
 _LOGIT_BYTES = 4
 """The decoder's logits are fp32."""
 NOT_CAPTURED = {
