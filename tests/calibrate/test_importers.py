@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from kvsim.calibrate.rows import Import, without_suspect
 from kvsim.errors import InputError
 from kvsim.hardware import Gpu, load_gpu
 from kvsim.model import load_model
-from kvsim.ops import Collective, DecodeAttention, Elementwise, Gemm, MixedAttention, PrefillAttention
+from kvsim.ops import Collective, DecodeAttention, Elementwise, Gemm, HostWork, MixedAttention, Op, PrefillAttention
 from kvsim.profile_file import load_profile_file, shipped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,6 +201,26 @@ def test_the_measured_rows_at_hand(name: str, gpu: Gpu, rows: int, others: int) 
     check_unit(gpu, found)
     one = plain_csv.texts(path, "engine")[0]
     assert 0 < len(plain_csv.read(path, gpu, "any", "1", only_engine=one).rows) < rows
+
+
+def test_sums_of_rows_tell_ops_apart_and_outlive_new_fields() -> None:
+    """The sum of rows of before `PrefillAttention.stored` and `HostWork.variant`, and others for rows that have them."""
+
+    def summed(*ops: Op) -> str:
+        found = Import("made", "1", "made up")
+        for op in ops:
+            found.add(op, 0.5, "made:1", RTX4090)
+        assert len(found.rows) == len(ops)
+        return found.sha256()
+
+    prefill, host = PrefillAttention(512, 0, 32, 8, 128, "bf16"), HostWork("torch_decoder", "step", 3)
+    before = (
+        "PrefillAttention(new_tokens=512, prior_tokens=0, q_heads=32, kv_heads=8, head_dim=128, kv_dtype='bf16', num_sequences=1) 0.5\n"
+        "HostWork(engine='torch_decoder', part='step', batch=3) 0.5\n"
+    )
+    assert summed(prefill, host) == hashlib.sha256(before.encode()).hexdigest()
+    others = ((replace(prefill, stored="int8"), host), (prefill, replace(host, variant="fp8")))
+    assert len({summed(*ops) for ops in ((prefill, host), *others)}) == 3
 
 
 @needs_shared
