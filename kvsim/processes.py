@@ -22,7 +22,7 @@ def without_interrupts() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # else the first start brings it, and up to CPython 3.12 that clears the mask again
+    resource_tracker.ensure_running()  # else the first start brings it, and that (CPython 3.11) clears the mask again
     handler = signal.getsignal(signal.SIGINT)
     caught: list[tuple[int, FrameType | None]] = []
     waits = threading.current_thread() is threading.main_thread() and callable(handler)

@@ -26,7 +26,7 @@ OWN_STEPS = {
     "scissorhands": "positions and counts grow with the cache, and are copied when they do",
 }
 """Policies, or formats, whose steps take half as long again on the host, or more, for work that no Op counts: host work of their own.
-Steps that compute chunks alone are priced with it too, some 0.2 ms of the 25 and more that they take."""
+Steps that compute chunks alone are priced with it too."""
 _LOGIT_BYTES = 4
 """The decoder's logits are fp32."""
 NOT_CAPTURED = {
@@ -76,12 +76,11 @@ class TorchDecoder(Engine):
             return "attention=torch groups caches on the host"
         if self.enforce_eager:
             return "enforce_eager is set"
-        kinds = (str(getattr(policy, "kind", "")) for policy in plan.composition.policies)
-        return next((f"{kind}: {NOT_CAPTURED[kind]}" for kind in kinds if kind in NOT_CAPTURED), "")
+        return next((f"{kind}: {NOT_CAPTURED[kind]}" for kind in _kinds(plan) if kind in NOT_CAPTURED), "")
 
     def for_plan(self, plan: CachePlan) -> TorchDecoder:
-        found = {str(getattr(policy, "kind", "")) for policy in plan.composition.policies} | {plan.code_format}
-        own_steps, eager = "+".join(sorted(found & OWN_STEPS.keys())), self.enforce_eager or bool(self.why_eager(plan))
+        own_steps = "+".join(sorted({*_kinds(plan), plan.code_format} & OWN_STEPS.keys()))
+        eager = self.enforce_eager or bool(self.why_eager(plan))
         if (own_steps, eager) == (self._own_steps, self.enforce_eager):
             return self
         engine = self.model_copy(update={"enforce_eager": eager})
@@ -116,3 +115,7 @@ class TorchDecoder(Engine):
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
         return V1Scheduler(pool, plan, self.max_num_seqs, self.max_num_batched_tokens, reserve_full_prompt=True)
+
+
+def _kinds(plan: CachePlan) -> list[str]:
+    return [str(getattr(policy, "kind", "")) for policy in plan.composition.policies]
