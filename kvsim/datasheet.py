@@ -61,6 +61,10 @@ FILTER_BYTES = {
 }
 """Per logit, after the sort. pytorch: mask and its use 14, softmax, cumulative sum, mask and its use 38, scatter 24, as vLLM's
 apply_top_k_top_p has them. The others, at the least: three passes and what stays; a softmax and three passes, a fourth where both act."""
+BEST_OF_PEAK = {"fp16": 0.81, "bf16": 0.81, "fp8": 0.73, "int8": 0.91}
+"""What the best large product reaches of the datasheet's peak on a GPU with a table, by dtype of the operands: medians over the shipped
+tables (tests/test_measured_profile.py), int8 of an A100 alone. Efficiencies are of a peak of which so much can be had; where a GPU's own
+sustained rate is known, that divided by this stands for its peak."""
 _ACTIVATION_BYTES = {"fp8": 1, "int8": 1, "fp32": 4}
 KNOT_RATIO, LAST_KNOT_SLOTS = 2**0.25, 2**33
 LARGE_ELEMENTWISE_BYTES, LARGE_MESSAGE_BYTES = 4 * 2**20, 2**20
@@ -79,6 +83,14 @@ def kv_format_class(kv_format: str) -> str:
     return "fp8" if match[2] and not pruned else "subbyte"
 
 
+def usual_peak(gpu: Gpu, dtype: str) -> float:
+    """FLOP/s: the peak that the efficiencies are shares of. The datasheet's, or what stands for it where less is known to be sustained."""
+    sustained = gpu.sustained_flops_per_s.get(dtype)
+    if sustained is None:
+        return gpu.peak_flops(dtype)
+    return min(gpu.peak_flops(dtype), sustained / BEST_OF_PEAK.get(dtype, 1.0))
+
+
 class DatasheetProfile:
     """Answers every Op for one GPU. Immutable; safe to share."""
 
@@ -86,7 +98,7 @@ class DatasheetProfile:
         self.gpu = gpu
         self.efficiencies = e = load_efficiencies() if efficiencies is None else efficiencies
         self._hbm = gpu.hbm_bandwidth_bytes_per_s
-        self._peak_16bit = gpu.peak_flops("bf16")
+        self._peak_16bit = usual_peak(gpu, "bf16")
         self._labels: dict[tuple[str, str], tuple[str, LogBias, str]] = {
             key: (e.bias_sources[key], bias, key[1]) for key, bias in e.log_biases.items()
         }
@@ -117,6 +129,9 @@ class DatasheetProfile:
         self._decode_split_tokens = e["decode_attention.split_tokens"]
         self._decode_block_s = e["decode_attention.block_s"] / gpu.num_sms
         self._decode_flops_per_s = e["decode_attention.compute_frac"] * self._peak_16bit
+        # Beside 16-bit caches a decode kernel's products are the loop of a prompt's kernel. They bind on no GPU with a table, but where
+        # matrix rate is low for the bandwidth (an RTX 3090): the tile of DECODE_TILE_ROWS is computed whole.
+        self._decode_16bit_flops_per_s = max(self._decode_flops_per_s, self._prefill_flops_per_s)
         self._decode_bytes_per_s = {
             name: e[f"decode_attention.memory_frac.{name}"] * self._hbm for name in ("16bit", "fp8", "subbyte")
         }
@@ -180,7 +195,7 @@ class DatasheetProfile:
         if name in ("fp8", "int8") and name not in self.gpu.peak_flops_per_s:
             name = f"{name}_widened"  # no such units: weights are widened on the fly, like int4's
         shape = "int4" if name.endswith("_widened") else name
-        peak_flops = self.gpu.peak_flops(name) if name in ("fp8", "int8", "fp32") else self._peak_16bit
+        peak_flops = usual_peak(self.gpu, name) if name in ("fp8", "int8", "fp32") else self._peak_16bit
         launch_s, memory_frac, compute_frac = (
             self.efficiencies[f"gemm.{shape}.{key}"] for key in ("launch_s", "memory_frac", "compute_frac")
         )
@@ -253,9 +268,11 @@ class DatasheetProfile:
         blocks = batch * op.kv_heads
         bytes_per_s = self._decode_bytes_per_s[form] * share
         slot_s, query_s = op.slot_bytes / bytes_per_s, 4.0 * batch * op.q_heads * op.head_dim / bytes_per_s
-        rows, flops_per_s = max(op.q_heads / op.kv_heads, DECODE_TILE_ROWS), self._decode_flops_per_s
+        rows = max(op.q_heads / op.kv_heads, DECODE_TILE_ROWS)
+        flops_per_s = self._decode_16bit_flops_per_s if form == "16bit" else self._decode_flops_per_s
         if op.kv_format == "fp32":
-            rows, flops_per_s = op.q_heads / op.kv_heads, flops_per_s * self.gpu.peak_flops("fp32") / self._peak_16bit
+            rows = op.q_heads / op.kv_heads
+            flops_per_s = self._decode_flops_per_s * self.gpu.peak_flops("fp32") / self._peak_16bit
         compute_s = 4.0 * op.head_dim * rows / flops_per_s
         block_s = blocks * self._decode_block_s
         launch_s = self._decode_launch_s + batch * self._decode_sequence_s

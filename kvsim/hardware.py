@@ -26,6 +26,7 @@ class Gpu:
         host_link_bytes_per_s: PCIe, one direction.
         gpu_link_bytes_per_s: NVLink or Infinity Fabric to the other GPUs together; PCIe where has_gpu_link is false.
         peak_flops_per_s: by dtype of the operands (fp16, bf16: fp32 accumulation); dtypes without units are absent.
+        sustained_flops_per_s: what the best large product of random numbers was measured to hold, by dtype; empty where nobody says.
         compute_capability: NVIDIA's (major, minor); None for others.
         sources: field name in the YAML file → where its number comes from.
     """
@@ -45,6 +46,7 @@ class Gpu:
     compute_capability: tuple[int, int] | None
     peak_flops_per_s: Mapping[str, float] = field(hash=False)
     sources: Mapping[str, str] = field(hash=False, repr=False)
+    sustained_flops_per_s: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def peak_flops(self, dtype: str) -> float:
         """Peak FLOP/s (or OP/s) for operands of this dtype, falling back where the GPU has no units for it.
@@ -117,6 +119,7 @@ def _read_gpu(path: Path, *, needs_source: bool) -> Gpu:
     peaks.reject_unknown()
     if peak_tflops["fp16"] is None:
         raise InputError("gpu.peak_tflops.fp16", None, "is missing", "give the dense tensor-core peak")
+    sustained_tflops, sustained_sources = _sustained(fields, peak_tflops)
     gpu = Gpu(
         name=fields.text("name", path.stem),
         vendor=fields.text("vendor", "nvidia", choices=("nvidia", "amd", "cpu")),
@@ -132,10 +135,33 @@ def _read_gpu(path: Path, *, needs_source: bool) -> Gpu:
         board_power_w=fields.number("board_power_w"),
         compute_capability=_compute_capability(fields),
         peak_flops_per_s={dtype: tflops * TB for dtype, tflops in peak_tflops.items() if tflops is not None},
-        sources={**fields.sources, **{f"peak_tflops.{dtype}": source for dtype, source in peaks.sources.items()}},
-    )
+        sources={
+            **fields.sources, **{f"peak_tflops.{dtype}": source for dtype, source in peaks.sources.items()}, **sustained_sources,
+        },
+        sustained_flops_per_s={dtype: tflops * TB for dtype, tflops in sustained_tflops.items()},
+    )  # fmt: skip
     fields.reject_unknown()
     return gpu
+
+
+def _sustained(fields: Fields, peak_tflops: Mapping[str, float | None]) -> tuple[dict[str, float], dict[str, str]]:
+    """TFLOP/s and sources of the optional section sustained_tflops."""
+    if fields.raw("sustained_tflops") is None:
+        return {}, {}
+    section = fields.mapping("sustained_tflops")
+    found: dict[str, float] = {}
+    for dtype in PEAK_DTYPES:
+        tflops, peak = section.optional_number(dtype), peak_tflops[dtype]
+        if tflops is None:
+            continue
+        if peak is None or tflops > peak:
+            raise InputError(
+                f"gpu.sustained_tflops.{dtype}", tflops, f"must not exceed peak_tflops.{dtype}={'null' if peak is None else f'{peak:g}'}",
+                "sustained is what a large product was measured to hold, peak what the datasheet says",
+            )  # fmt: skip
+        found[dtype] = tflops
+    section.reject_unknown()
+    return found, {f"sustained_tflops.{dtype}": source for dtype, source in section.sources.items()}
 
 
 def _compute_capability(fields: Fields) -> tuple[int, int] | None:

@@ -279,8 +279,11 @@ def _is_latency(name: str) -> bool:
 
 
 def _sustained_clock(gpu: Gpu, measured_on: Gpu) -> float:
-    """How much more of its peak a GPU sustains than another of its generation, by board power per peak FLOP/s."""
+    """How much more of its peak a GPU sustains than another of its generation, by board power per peak FLOP/s. A rate that is known is in
+    the physics already."""
     if gpu.name == measured_on.name or gpu.compute_capability is None or gpu.compute_capability != measured_on.compute_capability:
+        return 1.0
+    if gpu.sustained_flops_per_s:
         return 1.0
     here, there = (one.board_power_w / one.peak_flops("bf16") for one in (gpu, measured_on))
     return float((here / there) ** DVFS_EXPONENT)

@@ -30,7 +30,13 @@ DATASHEET = {
     "rtx-pro-6000-96gb": (1792, 503.8, 188, 600),
     "rtx-pro-6000-server-96gb": (1597, 468, 188, 600),
     "mi300x-192gb": (5300, 1307, 304, 750),
+    "mi325x-256gb": (6000, 1307, 304, 1000),
+    "gh200-96gb": (4000, 989.5, 132, 700),
+    "rtx-3090-24gb": (936, 71, 82, 350),
+    "rtx-5090-32gb": (1792, 209.5, 170, 575),
 }
+CUT = ("b200", "nvl")
+"""GPUs whose fp32 rate is not that of their SMs and boost clock, as far as datasheets tell: cut down, or of unstated clock."""
 
 PLAIN = {
     "memory_gib": 24, "usable_memory_gib": 23.5, "hbm_bandwidth_gb_per_s": 1008, "l2_mib": 72, "num_sms": 128,
@@ -71,7 +77,7 @@ def test_numbers_are_consistent(name):
     if "fp8" in gpu.peak_flops_per_s:
         assert gpu.peak_flops("fp8") == pytest.approx(2 * gpu.peak_flops("bf16"), rel=0.02)
     # fp32: 128 lanes a SM (64 on A100 and Turing), two FLOPs a cycle.
-    if gpu.vendor == "nvidia" and "b200" not in name and "nvl" not in name:
+    if gpu.vendor == "nvidia" and not any(part in name for part in CUT):
         lanes = 64 if gpu.compute_capability in ((8, 0), (7, 5)) else 128
         assert gpu.peak_flops("fp32") == pytest.approx(gpu.num_sms * lanes * 2 * gpu.boost_clock_hz, rel=0.02)
 
@@ -79,8 +85,9 @@ def test_numbers_are_consistent(name):
 @pytest.mark.parametrize("name", DATASHEET)
 def test_every_number_has_a_source(name):
     content = yaml.safe_load((DATA / "gpus" / f"{name}.yaml").read_text())
-    numbers = {key: entry for key, entry in content.items() if key not in ("name", "vendor", "aliases", "peak_tflops")}
-    numbers |= {f"peak_tflops.{dtype}": entry for dtype, entry in content["peak_tflops"].items()}
+    sections = ("peak_tflops", "sustained_tflops")
+    numbers = {key: entry for key, entry in content.items() if key not in ("name", "vendor", "aliases", *sections)}
+    numbers |= {f"{section}.{dtype}": entry for section in sections for dtype, entry in content.get(section, {}).items()}
     assert set(content["peak_tflops"]) == set(PEAK_DTYPES)
     for key, entry in numbers.items():
         assert len(entry["source"]) > 3, key
@@ -108,6 +115,12 @@ def test_peak_falls_back_where_the_gpu_has_no_units():
     assert load_gpu("h100").peak_flops("int4") == load_gpu("h100").peak_flops("int8")
     with pytest.raises(InputError, match="dtype='fp4' must be one of"):
         load_gpu("h100").peak_flops("fp4")
+
+
+def test_sustained_rates_are_measured_ones():
+    assert load_gpu("mi300x").sustained_flops_per_s == {"fp16": 654 * TB, "bf16": 708 * TB, "fp8": 1273 * TB}
+    assert load_gpu("mi300x").sources["sustained_tflops.bf16"].startswith("rocm.blogs.amd.com")
+    assert not load_gpu("h100").sustained_flops_per_s
 
 
 def test_gpu_can_be_hashed_and_sent_to_another_process():
@@ -139,6 +152,10 @@ def test_user_file_with_plain_numbers(tmp_path):
         ({"usable_memory_gib": 25}, r"gpu.usable_memory_gib=25.0 must not exceed memory_gib=24"),
         ({"peak_tflops": 3}, r"gpu.peak_tflops=3 must hold a mapping"),
         ({"peak_tflops": {"fp32": 3}}, r"gpu.peak_tflops.fp16 is missing"),
+        ({"sustained_tflops": 3}, r"gpu.sustained_tflops=3 must hold a mapping"),
+        ({"sustained_tflops": {"fp16": 166}}, r"gpu.sustained_tflops.fp16=166.0 must not exceed peak_tflops.fp16=165.2"),
+        ({"sustained_tflops": {"fp8": 100}}, r"gpu.sustained_tflops.fp8=100.0 must not exceed peak_tflops.fp8=null"),
+        ({"sustained_tflops": {"fp61": 3}}, r"gpu.sustained_tflops.fp61 is not a known key; did you mean fp16\?"),
         ({"peak_tflops": {"fp16": 3, "fp17": 3}}, r"gpu.peak_tflops.fp17 is not a known key"),
         ({"compute_capability": 8.9}, r"gpu.compute_capability=8.9 must be text"),
         ({"vendor": "intel"}, r"gpu.vendor='intel' must be one of nvidia, amd"),

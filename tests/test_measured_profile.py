@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,13 @@ from kvsim.calibrate.rows import Import, at_means, shape_group
 from kvsim.cli import main
 from kvsim.coordinates import ELEMENTWISE_NAMES, POOLED, locate
 from kvsim.correction import Correction, Term
-from kvsim.datasheet import UNPACKED_ROWS, DatasheetProfile
+from kvsim.datasheet import BEST_OF_PEAK, UNPACKED_ROWS, DatasheetProfile
 from kvsim.efficiencies import load_efficiencies
 from kvsim.engines import VllmV1
 from kvsim.errors import InputError
 from kvsim.forward import linear_ops
 from kvsim.hardware import list_gpus, load_gpu
-from kvsim.measured import KERNEL_SIGMA, MeasuredProfile, widened
+from kvsim.measured import DVFS_EXPONENT, KERNEL_SIGMA, MeasuredProfile, widened
 from kvsim.model import load_model
 from kvsim.ops import DecodeAttention, Elementwise, Gemm, HostWork, MixedAttention, Op, PrefillAttention
 from kvsim.profile import Answer
@@ -373,6 +374,59 @@ def test_no_shipped_gemm_beats_its_gpu(name: str) -> None:
             for m in (1, 7, 64, 200, 1000, 8192):
                 seconds = measured.answer(Gemm(m, n, k, weights)).seconds
                 assert 2.0 * m * n * k / seconds < 1.07 * peak, (n, k, m)
+
+
+LARGE_PRODUCTS = [
+    Gemm(m, n, k, dtype)
+    for dtype in BEST_OF_PEAK
+    for m in (2048, 4096, 8192)
+    for n, k in ((8192, 8192), (28672, 8192), (57344, 8192), (8192, 28672), (28672, 4096), (4096, 14336))
+]
+
+
+@pytest.mark.parametrize("dtype", BEST_OF_PEAK)
+def test_what_large_products_reach_of_a_peak(dtype: str) -> None:
+    """Of tables that hold such products themselves, on the GPU they were measured on."""
+    shares = []
+    for name, path in shipped().items():
+        gpu = load_gpu(path.parent.name)
+        profile, table = load_profile(name, gpu, "vllm"), f"measured: {path.stem.replace('-', ' ')} on {gpu.name}"
+        answers = [(op, profile.answer(op)) for op in LARGE_PRODUCTS if op.weight_dtype == dtype]
+        rates = [2.0 * op.m * op.n * op.k / answer.seconds for op, answer in answers if answer.source.startswith(table)]
+        if rates:
+            shares.append(max(rates) / gpu.peak_flops(dtype))
+    assert len(shares) >= (1 if dtype == "int8" else 15)
+    assert median(shares) == pytest.approx(BEST_OF_PEAK[dtype], abs=0.01)
+
+
+def test_a_gpu_whose_sustained_rate_is_known_is_priced_by_it() -> None:
+    """Large products come near the rate and not above it, attention slows as they do, and what waits for memory does not."""
+    known, op = load_gpu("mi300x"), Gemm(8192, 8192, 8192, "bf16")
+    unknown = replace(known, sustained_flops_per_s={})
+    with_it, without = (load_profile("auto", gpu, "vllm") for gpu in (known, unknown))
+    rate = 2 * 8192**3 / with_it.answer(op).seconds
+    assert 0.9 * 708e12 < rate < 708e12 < 0.8 * 2 * 8192**3 / without.answer(op).seconds
+    prefill = PrefillAttention(8192, 0, 32, 8, 128, "bf16")
+    slower = with_it.answer(prefill).seconds / without.answer(prefill).seconds
+    assert slower == pytest.approx(1307.4 / (708 / BEST_OF_PEAK["bf16"]), rel=0.05)
+    row = Gemm(1, 8192, 8192, "bf16")
+    assert with_it.answer(row).seconds == pytest.approx(without.answer(row).seconds, rel=0.01)
+    generous = replace(known, sustained_flops_per_s={"bf16": 1300e12})  # no more than the datasheet has
+    assert load_profile("auto", generous, "vllm").answer(op).seconds == without.answer(op).seconds
+
+
+def test_a_rate_that_is_known_stands_for_the_power_rule() -> None:
+    """Tables of another GPU of the generation are carried by the known rate, not by board power besides."""
+    l40s, op = load_gpu("l40s"), Gemm(8192, 8192, 8192, "bf16")
+    card = replace(l40s, name="card", board_power_w=l40s.board_power_w / 4)
+    peak = card.peak_flops("bf16")
+    by_power, by_rate = (
+        load_profile("auto", gpu, "vllm").answer(op).seconds
+        for gpu in (card, replace(card, sustained_flops_per_s={"bf16": 0.5 * BEST_OF_PEAK["bf16"] * peak}))
+    )
+    plain = load_profile("auto", replace(card, board_power_w=l40s.board_power_w), "vllm").answer(op).seconds
+    assert by_power == pytest.approx(plain * 4**DVFS_EXPONENT, rel=0.1)
+    assert by_rate == pytest.approx(2 * plain, rel=0.15)
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsim.datasheet import DatasheetProfile, kv_format_class
+from kvsim.datasheet import DECODE_TILE_ROWS, DatasheetProfile, kv_format_class, usual_peak
 from kvsim.efficiencies import load_efficiencies
 from kvsim.errors import InputError
 from kvsim.hardware import list_gpus, load_gpu
@@ -160,17 +160,18 @@ def test_no_faster_than_the_datasheet_when_cold_and_large(name: str) -> None:
     for form, slot_bytes in (("bf16", 512.0), ("fp8", 256.0), ("int4", 144.0)):
         slots = round(tera / slot_bytes)
         op = DecodeAttention(64, 32, 8, 128, slots, slots // 512, slot_bytes, form)
-        assert ideal <= seconds(profile, op) < 4 * ideal
+        products_s = 4.0 * slots * op.head_dim * DECODE_TILE_ROWS / usual_peak(gpu, "bf16")  # queries of a group, padded to a tile
+        assert ideal <= seconds(profile, op) < max(4 * ideal, 5 * products_s)
     n = 2**15
     for dtype, element_bytes in (("bf16", 2), ("fp8", 1), ("int8", 1), ("int4", 0.53125)):
         weight_bytes_s = element_bytes * n * n / gpu.hbm_bandwidth_bytes_per_s
         assert weight_bytes_s <= seconds(profile, Gemm(1, n, n, dtype)) < 2.5 * weight_bytes_s
-        flops_s = 2 * n**3 / gpu.peak_flops("bf16" if dtype == "int4" else dtype)
-        assert flops_s <= seconds(profile, Gemm(n, n, n, dtype)) < 3 * flops_s
+        operands = "bf16" if dtype == "int4" else dtype
+        product_s, flops = seconds(profile, Gemm(n, n, n, dtype)), 2 * n**3
+        assert product_s >= flops / gpu.sustained_flops_per_s.get(operands, gpu.peak_flops(operands))
+        assert product_s < 3 * flops / usual_peak(gpu, operands)
     prefill = PrefillAttention(2**17, 0, 32, 8, 128, "bf16")
-    assert (
-        prefill.flops / gpu.peak_flops("bf16") <= seconds(profile, prefill) < 3 * prefill.flops / gpu.peak_flops("bf16")
-    )
+    assert prefill.flops / gpu.peak_flops("bf16") <= seconds(profile, prefill) < 3 * prefill.flops / usual_peak(gpu, "bf16")
     assert seconds(profile, MixedAttention(prefill, DECODE)) > seconds(profile, prefill)
 
 
