@@ -41,7 +41,7 @@ allows. `memory` is bytes by formula. `hardware` is what others measured on GPUs
 RTX A6000, T4, H100 PCIe and NVL, A100 PCIe...): matrix products, copies, and serving, with its confidence where a source leaves
 something out; the bar of TPOT is the median error that the 20 % claimed for carried profiles implies. Its groups "serving by setting"
 are runs of five engines on GPUs with and without a table, by what they exercise: tensor parallelism, weights of 8 and 4 bits, long
-prompts, full pools, everything sent at once, one stream; no bar stands on them. `compression` is what others ran
+prompts, full pools, everything sent at once, one stream, MI300X; no bar stands on them. `compression` is what others ran
 with a full and a compressed cache on the same machine, absolute and as gains (full over compressed in time, the inverse in rates); its
 bars leave out what is partly stated and the runs whose rates set the cost of an eager launch. `published` is papers' tables and
 logs, `requests` a real vLLM run, `silicon` serving on H100s; the last two need files that do not come with kvsim (`--measured DIR`).
@@ -56,11 +56,13 @@ TAIL = """
   sequences, which nothing published explains, are what the memory holds at 144 slots a sequence. The fork's own work is priced as its
   code reads (`implementation: paper`): one GPU thread that walks what a prompt evicts, a wait for the device three times a sequence and
   step, block tables copied whole. That moved the errors from 39 % and 72 % to 24 % and 34 %. What is left is there in plain vLLM 0.6
-  already: its steps are 12-16 ms longer than simulated on the H100 at batches from 3 to 51, and 14-24 ms on the L4. vLLM 0.6's Python was
-  measured (0.9 ms and 60 us a sequence on a Xeon core; eager launches, 16 ms for 80 layers, hide behind the device unless the host is
-  twice as slow), so a slow host, or less bandwidth than an L4 (257 of 300 GB/s) and an H100 NVL are credited with, would explain it;
-  nothing but these rows says which. Not modelled: loops over all running sequences at every compression, some 0.25 ms each; paged attention
-  that reads the cache for every query head.
+  already, and nearly the same on both machines: steps are 14-15 ms longer than simulated on the L4 at batches of 1 and 4, 17-23 ms where
+  sequences are preempted, and 12-16 ms on the H100 NVL at batches from 3 to 51; prompts are about right. A model of 32 layers and one of
+  80, at bandwidths 13 times apart: neither bandwidth nor launches give the same. Alone, an L4 is within 5 % under later vLLM.
+  vLLM 0.6's Python was measured: 0.9 ms and 60 us a sequence on a Xeon core; eager launches, 16 ms for 80 layers, a sixth more with
+  fp8 weights (`benchmarks/vllm_v0_host.py --fp8`), hide behind the device. The fork's plain path waits for nothing more, as its code reads.
+  So 14 ms a step depend on nothing that is known, and are not priced. Not modelled either: loops over all running sequences at every
+  compression, some 0.25 ms each; paged attention that reads the cache for every query head.
 - **TTFT on H100** (25 %; it was 40 %) is a queue of the client's own making. Clients stay in trains: an answer's end brings the next
   prompt just after the following step has been decided on. Three things made most of the difference: an engine that decides a step ahead
   makes that prompt wait for one step more; a pause of 5 ms, front end or client, fitted on the calibrate groups, makes it miss a step at
@@ -84,7 +86,9 @@ TAIL = """
 - **H2O on FlexGen, batch 64** (decode 17 % too quick, the other six logs within 8 %). Of 95 s simulated in all, attention takes 53,
   matrix products 31, H2O's own kernels 5, element-wise ones 4. The log is 8.6 ms a step slower, 0.27 ms a layer. What kvsim lacks:
   how badly an argmin over the long side of 818 x 2,048 scores and the scatters and clones of `cache_replace` run; they are counted by
-  bytes, at an assumed efficiency. At batch 24 the same kernels cost too little to tell.
+  bytes, at an assumed efficiency. At batch 24 the same kernels cost too little to tell. Nor does kvsim price that FlexGen waits for the
+  device after every half layer, so that its host's work hides behind nothing: 50-60 us each would bring this row within the bar, and
+  three of the others that are within it out, so it stays out.
 - **Attention of FlexGen and Hugging Face on A100s**, batched products of cuBLAS, has no table. It is priced by SGLang's of that card,
   which reads 0.8-1.3 TB/s of caches beyond 1 GiB and was measured under a backend of Hopper's (no server is priced by it any more). By
   vLLM's table, 1.4-1.7 TB/s, the H2O logs would be up to 35 % too quick. PyTorch's blog on Flash-Decoding times eager attention of 16
@@ -98,6 +102,8 @@ TAIL = """
   prefill; kvsim says 39, carried over from much newer GPUs: no Turing GPU has been measured. FlexGen's caches are not pinned, so they
   cross the link at less than the 85 % of PCIe that is assumed, CPU attention runs at an assumed 100 GB/s, and widening from
   4 bits is priced by its bytes. Its peaks are some 25 % too low: the T4 logs' code kept softmax in fp32 or more buffers.
+- **Products of few rows on a T4** are 6 % too quick for one row, 11-19 % for 16 and 19-30 % for 32 and 64: PyTorch's kernels read 190 of
+  320 GB/s there, since they compute whole tiles of rows at what a 70 W card sustains. No table of another GPU shows that.
 - **KIVI's and ThinK's headlines** are shown without bars: largest batches and peak memory follow (within 3 % for KIVI, 8-17 % for both
   together), KIVI's throughput of up to 3.47x is 2.2x here, since Hugging Face's eager kernels limit both sides and are not measured.
 - **fp8 caches under load on an H100** (vLLM 0.19.1, 8 clients of 20,000 + 2,000 tokens): steps 8 % too quick with a full cache and 20 %
@@ -162,8 +168,10 @@ TAIL = """
   up to 128 clients make 72 ms at a batch of 2,048, which is the whole time of a measured step: the work must grow more slowly than batch.
 - **First token under TensorRT-LLM 0.5 on an L40S** (fp8, 2,048 tokens) is 46 % too slow, on H100s and A100s 1-13 % too quick: 72 of 106 ms
   are products at the rates of a measured table of release 1.3, as long as the whole of what 0.5 took, and 22 ms element-wise work.
-- **Llama-3.1-70B in fp8 on eight MI300X** is within 6 % for one stream and up to 49 % too quick at a batch of 128. No AMD GPU has a table;
-  rates there are those of NVIDIA's kernels, by the datasheets.
+- **Llama-3.1-70B and 405B in fp8 on eight MI300X**: 30 runs of AMD's own, median error 6.5 %. It was 17 % before large products were held
+  to the rate that AMD measures under load (708 TFLOP/s in bf16 and 1,273 in fp8 of 1,307 and 2,615 on the datasheet; `sustained_tflops` of
+  the GPU's file). The 16 runs at most load are AMD's under two releases, which differ by up to 24 %; kvsim is 14 % too slow to 13 % too
+  quick. Bad: batches of 32 and 128 after prompts of 128 tokens, 16-38 % too quick. No AMD GPU has a table: all else is the datasheet's.
 - **Tensor parallelism over PCIe on T4s** is 33 % too quick, as much as those cards' other rows; on four A100s it is 13 %. **SGLang on eight
   H100s** takes 3.35 ms a token, kvsim says 2.67: its loop of 2024 prepared every step in turn on eight processes.
 - **Mistral-7B on an RTX 4090** is 7, 15 and 20 % too quick at 4, 16 and 48 clients; alone such a card is within 5 %. Neither vLLM's

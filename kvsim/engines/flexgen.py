@@ -194,6 +194,7 @@ class FlexGen(Engine):
     def notes(self) -> tuple[str, ...]:
         return (
             "static blocks: prompts are padded to engine.prompt_tokens, everyone is answered when the longest output is done",
+            "FlexGen waits for the GPU after every half layer; launches are taken to hide behind it all the same",
             *(("host memory is taken as pinned: FlexGen's unpinned caches cross the link more slowly",) if self.cache_gpu_frac < 1 else ()),
         )  # fmt: skip
 

@@ -28,14 +28,15 @@ from kvsim.validation.published_rates import (
     BESTS,
     COPIES,
     EAGER_LAUNCH_US,
+    FEW_ROWS,
     L4_PROBE,
     L4_PROBE_BEST,
     L4_PROBE_GRID,
-    L4_PROBE_ROW_US,
     REPOSITORY,
     SIZES,
     SWEEPS,
     Best,
+    FewRows,
     Sweep,
 )
 from kvsim.validation.serving_lengths import write_lengths
@@ -57,8 +58,9 @@ Shape = tuple[int, int, int]
 
 def rows() -> list[Row]:
     """Products and copies; serving is in `serving_rows`."""
-    found = [row for sweep in SWEEPS for row in _sweep(sweep)] + [row for best in BESTS for row in _best(best)]
-    return [*sorted([*found, *_l4_probe()], key=_rank), *_copies(), *_band_rows()]
+    found = [row for sweep in SWEEPS for row in _sweep(sweep)] + [row for best in BESTS for row in _best(best)] + _l4_probe()
+    found += [row for few in FEW_ROWS for row in _few_rows(few)]
+    return [*sorted(found, key=_rank), *_copies(), *_band_rows()]
 
 
 def _rank(row: Row) -> int:
@@ -124,17 +126,21 @@ def _best(best: Best) -> list[Row]:
 def _l4_probe() -> list[Row]:
     gpu = load_gpu("l4-24gb")
     shapes: list[Shape] = [(m, size, size) for m in L4_PROBE_GRID[0] for size in L4_PROBE_GRID[1]]
-    found = [
+    return [
         _rate_row(gpu, dtype, f"L4 {dtype}, best of {len(shapes)} shapes", shapes, tflops, L4_PROBE)
         for dtype, tflops in L4_PROBE_BEST.items()
     ]  # fmt: skip
-    group = f"{CARRIED}, one row: {gpu.name}"
-    for size, micros in L4_PROBE_ROW_US.items():
-        op = Gemm(1, size, size, "bf16")
+
+
+def _few_rows(few: FewRows) -> list[Row]:
+    gpu, found = load_gpu(few.gpu), []
+    for (m, n, k), micros in few.micros.items():
+        op = Gemm(m, n, k, few.dtype)
         naive = {ROOFLINE: _roofline_s(gpu, op) * 1e6, DATASHEET: DatasheetProfile(gpu).answer(op).seconds * 1e6}
+        case = f"{few.gpu.partition('-')[0].upper()} {few.dtype} {m} x {n}" + (f" x {k}" if n != k else "")
         found.append(Row(
-            NAME, group, f"L4 bf16 1 x {size}", "us", micros, _seconds(_profile(gpu), op) * 1e6, L4_PROBE, naive, "",
-            "L2 flushed by writing: what is dirty in it leaves within the time",
+            NAME, f"{CARRIED}, few rows: {gpu.name}", case, "us", micros, _seconds(_profile(gpu), op) * 1e6, few.source, naive, "",
+            few.confidence,
         ))  # fmt: skip
     return found
 

@@ -90,10 +90,31 @@ L4_PROBE_GRID = ((1, 8, 32, 128, 512, 2048, 8192), (1024, 2048, 4096, 8192))
 """Its m, and its n = k."""
 L4_PROBE_BEST = {"bf16": 57.0, "fp16": 56.6, "fp8": 117.8, "int8": 128.1}
 """TFLOP/s, the best of the grid."""
-L4_PROBE_ROW_US = {1024: 18.0, 2048: 56.0, 4096: 193.0, 8192: 663.0}
-"""Of a bf16 product with one row, by n = k."""
 EAGER_LAUNCH_US = 8.72
 """Between launches of small kernels from Python, on the probe's host."""
+
+
+class FewRows(NamedTuple):
+    """Products of few rows, where the matrix is read and little computed: (m, n, k) → microseconds of a launch."""
+
+    gpu: str
+    dtype: str
+    micros: Mapping[tuple[int, int, int], float]
+    source: str
+    confidence: str = ""
+
+
+_T4_US = {
+    1: (388.4, 133.0, 692.3, 356.2), 16: (433.8, 160.9, 759.1, 412.0), 32: (566.8, 172.1, 951.8, 477.5),
+    64: (552.4, 176.2, 953.2, 488.1),
+}  # fmt: skip
+_LLAMA_2_7B = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))
+FEW_ROWS = (
+    FewRows("l4-24gb", "bf16", {(1, size, size): micros for size, micros in {1024: 18.0, 2048: 56.0, 4096: 193.0, 8192: 663.0}.items()},
+            L4_PROBE, "L2 flushed by writing: what is dirty in it leaves within the time"),
+    FewRows("t4-16gb", "fp16", {(m, *nk): us for m, row in _T4_US.items() for nk, us in zip(_LLAMA_2_7B, row, strict=True)},
+            "github.com/vllm-project/vllm pull request 6996, July 2024: torch.mm over the matrices of Llama-2-7B"),
+)  # fmt: skip
 
 
 class DeviceCopy(NamedTuple):

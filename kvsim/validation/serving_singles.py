@@ -6,9 +6,30 @@ from kvsim.validation.loads import at_once, fixed, loop, sharegpt
 from kvsim.validation.serving_run import A100, H100, NO_SXM, RTX_4090, VLLM_11, Run
 
 _AMD_S = {
-    (1, 128): 17.236, (8, 128): 19.677, (32, 128): 24.932, (128, 128): 46.484, (1, 2048): 17.500, (32, 2048): 25.966, (128, 2048): 52.394
+    "llama-3.1-70b": {
+        (1, 128): 17.236, (8, 128): 19.677, (32, 128): 24.932, (128, 128): 46.484, (1, 2048): 17.500, (32, 2048): 25.966,
+        (128, 2048): 52.394,
+    },
+    "llama-3.1-405b": {
+        (1, 128): 48.453, (8, 128): 54.226, (32, 128): 68.901, (128, 128): 117.027, (1, 2048): 48.362, (32, 2048): 70.538,
+        (128, 2048): 125.471,
+    },
 }  # fmt: skip
-"""Llama-3.1-70B in fp8 on eight MI300X: (batch, prompt tokens) → seconds of 2,048 output tokens."""
+"""fp8 on eight MI300X: model → (batch, prompt tokens) → seconds of 2,048 output tokens."""
+_AMD_TOK_S = {
+    "llama-3.1-70b": {
+        (128, 2048, 3200): (16581.5, 13383.3), (128, 4096, 1500): (13667.3, 11203.6), (500, 2000, 2000): (13367.1, 10963.3),
+        (2048, 2048, 1500): (8352.6, 7560.9),
+    },
+    "llama-3.1-405b": {
+        (128, 2048, 1500): (4275.0, 3867.7), (128, 4096, 1500): (3356.7, 3043.3), (500, 2000, 2000): (3201.4, 2905.6),
+        (2048, 2048, 500): (2179.7, 2174.1),
+    },
+}  # fmt: skip
+"""The same with fp8 caches: (prompt tokens, output tokens, requests at once) → tokens a second under two releases. Output tokens, since
+more than at a batch of 128 must come of more requests."""
+_AMD_README = "github.com/ROCm/vllm, docs/dev-docker/README.md: vLLM 0.10.0"
+_AMD_SITE = "amd.com, ROCm hub, AI performance results of June 2025: vLLM 0.9.0.1"
 _HF_RATES = {
     ("qwen2.5-7b", 1): 39.02, ("qwen2.5-7b", 6144): 38.75, ("qwen2.5-7b", 14336): 30.65, ("qwen2.5-7b", 30720): 19.53,
     ("qwen2.5-1.5b", 1): 35.29, ("qwen2.5-1.5b", 14336): 36.31, ("qwen2.5-1.5b", 30720): 32.53,
@@ -24,14 +45,31 @@ _TT_TPOT_MS = (
 _4090_LOOPS = {4: 210.0, 16: 644.0, 48: 1190.0}
 
 
-def runs() -> list[Run]:
+def _amd() -> list[Run]:
     found = [
-        Run("tensor parallel", f"Llama-3.1-70B fp8 tp8 b={batch} {prompt}+2048, MI300X", "mi300x-192gb", "llama-3.1-70b",
+        Run("AMD", f"{model} fp8 tp8 b={batch} {prompt}+2048", "mi300x-192gb", model,
             {**VLLM_11, "max_num_batched_tokens": 16384, "max_num_seqs": 1024, "max_model_len": 16384},
-            at_once(batch, fixed(prompt, 2048)), {"output_tok_s": batch * 2048 / seconds},
-            "github.com/ROCm/vllm, docs/dev-docker/README.md: vLLM 0.10.0, benchmark_latency.py", tp=8, weight_dtype="fp8", batch=batch)
-        for (batch, prompt), seconds in _AMD_S.items()
+            at_once(batch, fixed(prompt, 2048)), {"output_tok_s": batch * 2048 / seconds}, f"{_AMD_README}, benchmark_latency.py",
+            tp=8, weight_dtype="fp8", batch=batch)
+        for model, rows in _AMD_S.items()
+        for (batch, prompt), seconds in rows.items()
     ]  # fmt: skip
+    for model, loads in _AMD_TOK_S.items():
+        for (prompt, output, requests), rates in loads.items():
+            engine = {
+                **VLLM_11, "max_num_batched_tokens": 131072, "max_num_seqs": requests, "max_model_len": 8192, "kv_cache_dtype": "fp8",
+            }  # fmt: skip
+            for release, rate, source in zip(("0.9", "0.10"), rates, (_AMD_SITE, _AMD_README), strict=True):
+                found.append(Run(
+                    "AMD", f"{model} fp8 tp8 {requests} x {prompt}+{output}, vLLM {release}", "mi300x-192gb", model, engine,
+                    at_once(requests, fixed(prompt, output)), {"output_tok_s": rate}, f"{source}, benchmark_throughput.py",
+                    tp=8, weight_dtype="fp8", batch=requests,
+                ))  # fmt: skip
+    return found
+
+
+def runs() -> list[Run]:
+    found = _amd()
     found += [
         Run("Hugging Face", f"{model} {prompt}+2048", A100, model,
             {"kind": "huggingface", "max_model_len": 32768, "attn_implementation": "flash_attention_2", "repeat_kv": True},
