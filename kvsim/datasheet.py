@@ -61,10 +61,10 @@ FILTER_BYTES = {
 }
 """Per logit, after the sort. pytorch: mask and its use 14, softmax, cumulative sum, mask and its use 38, scatter 24, as vLLM's
 apply_top_k_top_p has them. The others, at the least: three passes and what stays; a softmax and three passes, a fourth where both act."""
-BEST_OF_PEAK = {"fp16": 0.81, "bf16": 0.81, "fp8": 0.73, "int8": 0.91}
+BEST_OF_PEAK = {"fp32": 0.76, "fp16": 0.81, "bf16": 0.81, "fp8": 0.73, "int8": 0.91}
 """What the best large product reaches of the datasheet's peak on a GPU with a table, by dtype of the operands: medians over the shipped
-tables (tests/test_measured_profile.py), int8 of an A100 alone. Efficiencies are of a peak of which so much can be had; where a GPU's own
-sustained rate is known, that divided by this stands for its peak."""
+tables (tests/test_measured_profile.py), int8 of an A100 alone; fp32's is the assumed efficiency. Efficiencies are of a peak of which so
+much can be had; where a GPU's own sustained rate is known, that divided by this stands for its peak, and no product is faster."""
 _ACTIVATION_BYTES = {"fp8": 1, "int8": 1, "fp32": 4}
 KNOT_RATIO, LAST_KNOT_SLOTS = 2**0.25, 2**33
 LARGE_ELEMENTWISE_BYTES, LARGE_MESSAGE_BYTES = 4 * 2**20, 2**20
@@ -83,12 +83,16 @@ def kv_format_class(kv_format: str) -> str:
     return "fp8" if match[2] and not pruned else "subbyte"
 
 
+def sustained_rate(gpu: Gpu, dtype: str) -> float | None:
+    """FLOP/s that large products are known to hold, if they are; of 16-bit dtypes one stands in for the other."""
+    other = {"fp16": "bf16", "bf16": "fp16"}.get(dtype, dtype)
+    return gpu.sustained_flops_per_s.get(dtype, gpu.sustained_flops_per_s.get(other))
+
+
 def usual_peak(gpu: Gpu, dtype: str) -> float:
-    """FLOP/s: the peak that the efficiencies are shares of. The datasheet's, or what stands for it where less is known to be sustained."""
-    sustained = gpu.sustained_flops_per_s.get(dtype)
-    if sustained is None:
-        return gpu.peak_flops(dtype)
-    return min(gpu.peak_flops(dtype), sustained / BEST_OF_PEAK.get(dtype, 1.0))
+    """FLOP/s: the peak that the efficiencies are shares of. The datasheet's, or what stands for it where it is known what is sustained."""
+    sustained = sustained_rate(gpu, dtype)
+    return gpu.peak_flops(dtype) if sustained is None else sustained / BEST_OF_PEAK[dtype]
 
 
 class DatasheetProfile:
@@ -195,11 +199,12 @@ class DatasheetProfile:
         if name in ("fp8", "int8") and name not in self.gpu.peak_flops_per_s:
             name = f"{name}_widened"  # no such units: weights are widened on the fly, like int4's
         shape = "int4" if name.endswith("_widened") else name
-        peak_flops = usual_peak(self.gpu, name) if name in ("fp8", "int8", "fp32") else self._peak_16bit
+        operands = "bf16" if shape == "int4" else dtype
         launch_s, memory_frac, compute_frac = (
             self.efficiencies[f"gemm.{shape}.{key}"] for key in ("launch_s", "memory_frac", "compute_frac")
         )
-        return name, launch_s, memory_frac * self._hbm, compute_frac * peak_flops, _ACTIVATION_BYTES.get(name, 2)
+        flops_per_s = min(compute_frac * usual_peak(self.gpu, operands), sustained_rate(self.gpu, operands) or math.inf)
+        return name, launch_s, memory_frac * self._hbm, flops_per_s, _ACTIVATION_BYTES.get(name, 2)
 
     def _gemm(self, op: Gemm, share: float) -> tuple[float, str]:
         name, launch_s, memory_s, compute_s = self._gemm_terms(op, share)

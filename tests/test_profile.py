@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsim.datasheet import DECODE_TILE_ROWS, DatasheetProfile, kv_format_class, usual_peak
+from kvsim.datasheet import DECODE_TILE_ROWS, DatasheetProfile, kv_format_class, sustained_rate, usual_peak
 from kvsim.efficiencies import load_efficiencies
 from kvsim.errors import InputError
 from kvsim.hardware import list_gpus, load_gpu
@@ -166,9 +166,9 @@ def test_no_faster_than_the_datasheet_when_cold_and_large(name: str) -> None:
     for dtype, element_bytes in (("bf16", 2), ("fp8", 1), ("int8", 1), ("int4", 0.53125)):
         weight_bytes_s = element_bytes * n * n / gpu.hbm_bandwidth_bytes_per_s
         assert weight_bytes_s <= seconds(profile, Gemm(1, n, n, dtype)) < 2.5 * weight_bytes_s
-        operands = "bf16" if dtype == "int4" else dtype
+        operands = dtype if dtype in gpu.peak_flops_per_s and dtype != "int4" else "bf16"  # others are widened
         product_s, flops = seconds(profile, Gemm(n, n, n, dtype)), 2 * n**3
-        assert product_s >= flops / gpu.sustained_flops_per_s.get(operands, gpu.peak_flops(operands))
+        assert product_s >= flops / (sustained_rate(gpu, operands) or gpu.peak_flops(operands))
         assert product_s < 3 * flops / usual_peak(gpu, operands)
     prefill = PrefillAttention(2**17, 0, 32, 8, 128, "bf16")
     assert prefill.flops / gpu.peak_flops("bf16") <= seconds(profile, prefill) < 3 * prefill.flops / usual_peak(gpu, "bf16")

@@ -47,13 +47,13 @@ def test_each_sweep_has_the_best_rates_that_its_issue_sums_up() -> None:
 
 
 def test_published_rates_name_gpus_of_the_catalogue_and_are_possible() -> None:
-    """Half-rate cards exceed their datasheet's peak by a few per cent, by boosting beyond the stated clock."""
+    """Half-rate cards exceed their datasheet's peak by 3 to 13 per cent, by boosting beyond the stated clock."""
     for entry in (*SWEEPS, *BESTS, *COPIES):
         assert entry.gpu in list_gpus() and entry.source
     for sweep in SWEEPS:
         assert all(0 < rate <= load_gpu(sweep.gpu).peak_flops(dtype) / 1e12 for dtype, rates in sweep.tflops.items() for rate in rates)
     for best in BESTS:
-        assert all(0 < rate <= 1.03 * load_gpu(best.gpu).peak_flops(dtype) / 1e12 for dtype, rate in best.tflops.items()), best.gpu
+        assert all(0 < rate <= 1.15 * load_gpu(best.gpu).peak_flops(dtype) / 1e12 for dtype, rate in best.tflops.items()), best.gpu
     for copy in COPIES:
         assert copy.num_bytes > 2 * load_gpu(copy.gpu).l2_bytes
         assert 0 < copy.gb_per_s * 1e9 < load_gpu(copy.gpu).hbm_bandwidth_bytes_per_s
@@ -92,7 +92,8 @@ def test_groups_tell_carried_gpus_from_measured_ones(rows: list[Row]) -> None:
     carried = {row.group.partition(": ")[2] for row in rows if row.group.startswith("GEMM: ")}
     own = {row.group.partition(": ")[2] for row in rows if row.group.startswith(hardware.OWN)}
     assert carried == {
-        "l4-24gb", "a10g-24gb", "a40-48gb", "h100-pcie-80gb", "a100-pcie-80gb", "t4-16gb", "rtx-a6000-48gb", "rtx-pro-6000-96gb"
+        "l4-24gb", "a10g-24gb", "a40-48gb", "h100-pcie-80gb", "a100-pcie-80gb", "t4-16gb", "rtx-a6000-48gb", "rtx-pro-6000-96gb",
+        "rtx-5090-32gb",
     }  # fmt: skip
     assert len(own) == 7 and not carried & own
     assert all(not hardware.has_table(load_gpu(name)) for name in carried)
@@ -103,7 +104,7 @@ def test_16_bit_products_meet_their_bar_and_beat_the_naive_models(rows: list[Row
     (bar,) = hardware.bars(rows)
     assert bar.met and bar.limit == 0.10, bar
     carried = [row for row in rows if row.group.startswith("GEMM: ")]
-    assert len(carried) == 68
+    assert len(carried) == 70
     for name, factor in ((ROOFLINE, 0.25), (hardware.PEAK, 0.25), (hardware.DATASHEET, 0.7)):
         assert bar.value < factor * median(abs(row.naive[name] / row.truth - 1) for row in carried), name
 

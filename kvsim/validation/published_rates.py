@@ -81,9 +81,10 @@ BESTS = (
     Best("rtx-4090-24gb", "database.md, PyTorch 2.8", {"bf16": 163.09, "fp16": 167.80, "fp32": 54.67}),
     Best("a100-sxm-80gb", "database.md", {"bf16": 264.53, "fp16": 258.74, "fp32": 19.18}),
     Best("h200-sxm-141gb", "issue 45", {"bf16": 790.29, "fp16": 759.40, "fp32": 51.34}),
+    Best("rtx-5090-32gb", "issue 124", {"bf16": 236.99, "fp16": 223.98, "fp32": 69.83}),
     Best("b200-sxm-180gb", "database.md", {"bf16": 1696.03, "fp16": 1627.64, "fp32": 66.24}),
 )
-"""Of several RTX 4090 the one in the middle; a 40 GB A100 of unknown form is left out."""
+"""Of several RTX 4090 and 5090 the one in the middle; a 40 GB A100 of unknown form is left out."""
 
 L4_PROBE = "github.com/ish-codes-magic/bytes-per-token, M0 report: PyTorch 2.14, L2 flushed before every launch, median"
 L4_PROBE_GRID = ((1, 8, 32, 128, 512, 2048, 8192), (1024, 2048, 4096, 8192))

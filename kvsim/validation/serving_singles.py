@@ -43,6 +43,16 @@ _TT_TPOT_MS = (
     (143, H100, "qwen2.5-72b", 2, {(128, 128): 30.9, (4096, 128): 31.1}, "16 bits taken; utilization not stated"),
 )
 _4090_LOOPS = {4: 210.0, 16: 644.0, 48: 1190.0}
+_5090 = "github.com/{}: inference-benchmarker of Hugging Face, 100 requests a second, 800 users at most"
+_5090_ENGINES = (
+    ("vLLM bf16", "bf16", {**VLLM_11, "max_num_batched_tokens": 2048, "max_model_len": 1024}, {"output_tok_s": 3708.0},
+     "vllm-project/vllm issue 16515"),
+    ("vLLM fp8", "fp8", {**VLLM_11, "max_num_batched_tokens": 2048, "max_model_len": 1024}, {"output_tok_s": 5418.0},
+     "vllm-project/vllm issue 16515"),
+    ("TensorRT-LLM fp8", "fp8", {"kind": "trtllm", "max_model_len": 2048, "kv_cache_dtype": "fp8"},
+     {"output_tok_s": 7435.27, "kv_pool_gib": 16.05}, "NVIDIA/TensorRT-LLM issue 4275"),
+)  # fmt: skip
+"""Llama-3.1-8B on an RTX 5090 of one user in May 2025, releases of the time."""
 
 
 def _amd() -> list[Run]:
@@ -65,6 +75,11 @@ def _amd() -> list[Run]:
                     at_once(requests, fixed(prompt, output)), {"output_tok_s": rate}, f"{source}, benchmark_throughput.py",
                     tp=8, weight_dtype="fp8", batch=requests,
                 ))  # fmt: skip
+    found.append(Run(
+        "AMD", "qwen3-8b c=32 1024+1024, one GPU", "mi300x-192gb", "qwen3-8b", {"kind": "vllm_v1", "max_model_len": 32768},
+        loop(32, 100, fixed(1024, 1024)), {"output_tok_s": 2701.39, "tpot_ms": 9.42, "ttft_ms": 645.02},
+        "github.com/vllm-project/recipes pull request 431: Qwen3Guard-Gen-8B, vLLM of April 2026", "its settings are not stated", batch=32,
+    ))  # fmt: skip
     return found
 
 
@@ -110,6 +125,12 @@ def runs() -> list[Run]:
             {"output_tok_s": rate}, "mushfiqrahman.dev, Benchmarking Mistral-7B on RTX 4090",
             "version not stated; answers of up to 128 tokens, 100 in the mean", batch=clients)
         for clients, rate in _4090_LOOPS.items()
+    ]  # fmt: skip
+    found += [
+        Run("5090 under load", f"Llama-3.1-8B, {name}", "rtx-5090-32gb", "llama-3.1-8b", engine, loop(800, 4000, fixed(200, 178)),
+            truths, _5090.format(issue),
+            "answers of some 200 tokens: 178 in the mean, by what 10 requests a second gave", weight_dtype=dtype, batch=256)
+        for name, dtype, engine, truths, issue in _5090_ENGINES
     ]  # fmt: skip
     found.append(Run(
         "8-bit weights", "Qwen3-VL-32B fp8, 1000 ShareGPT at once, L40S", "l40s-48gb", "qwen3-32b",
