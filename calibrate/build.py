@@ -25,6 +25,7 @@ def build(
     gpu: Gpu, found: Import, command: str, licence: str = "", sparse: bool = False
 ) -> tuple[ProfileFile, Fit, list[str]]:
     """(profile, its fit with held-out residuals, what was left out as suspect). sparse: as `fit_rows`."""
+    gpu = gpu.by_datasheet()
     rows, suspect = without_suspect(found.rows, found.rejected)
     fit = fit_rows(gpu, rows, sparse=sparse)
     tables = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -66,6 +66,10 @@ class Gpu:
                 raise InputError(f"gpu.peak_tflops.{dtype}", None, f"is missing for {self.name}", "add it to its file")
             dtype = _FALLBACK[dtype]
         return self.peak_flops_per_s[dtype]
+
+    def by_datasheet(self) -> Gpu:
+        """Without what is known to be sustained: where times were measured on this very GPU, they say it themselves."""
+        return replace(self, sustained_flops_per_s={}) if self.sustained_flops_per_s else self
 
 
 def list_gpus() -> list[str]:

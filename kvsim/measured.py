@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from kvsim.coordinates import AXES, OWN_KINDS, POOLED, Place, error_class, locate
 from kvsim.correction import Correction, cell_of
-from kvsim.datasheet import DatasheetProfile
+from kvsim.datasheet import DatasheetProfile, sustained_rate, usual_peak
 from kvsim.efficiencies import load_efficiencies
 from kvsim.hardware import Gpu
 from kvsim.ops import DecodeAttention, Elementwise, Gemm, HostWork, MixedAttention, Op, PolicyKernel, PrefillAttention
@@ -63,9 +63,9 @@ class MeasuredProfile:
         # Latencies inside a kernel are cycles: fitted ones of A100, H100 and L40S go with 1 / boost clock to within some 10 %.
         cycles = measured_on.boost_clock_hz / gpu.boost_clock_hz
         known = {name: value * cycles if _is_latency(name) else value for name, value in known.items()}
-        power = _sustained_clock(gpu, measured_on)
-        known = {name: min(value * power, MOST_OF_PEAK) if name.endswith("compute_frac") else value for name, value in known.items()}
-        self.physics = DatasheetProfile(gpu, efficiencies.replaced(known))
+        if gpu.name != measured_on.name:
+            known = {name: _carried_share(name, value, gpu, measured_on) for name, value in known.items()}
+        self.physics = DatasheetProfile(gpu.by_datasheet() if gpu.name == measured_on.name else gpu, efficiencies.replaced(known))
         self._shift = log2(measured_on.num_sms / gpu.num_sms)
         # A benchmark's cache may stay in a large L2; in a step the weights of every layer pass through between two visits.
         self._least_s_per_byte = 0.0 if gpu.name == measured_on.name else 1.0 / gpu.hbm_bandwidth_bytes_per_s
@@ -278,12 +278,19 @@ def _is_latency(name: str) -> bool:
     return name.endswith("_s") and not name.startswith(("host.", "collective.", "copy."))
 
 
+def _carried_share(name: str, value: float, gpu: Gpu, measured_on: Gpu) -> float:
+    """An efficiency for another GPU than it was fitted on; of a peak in products, by what is known of the rates both sustain."""
+    if not name.endswith("compute_frac"):
+        return value
+    dtype = next((dtype for dtype in ("fp8", "int8", "fp32") if f".{dtype}." in name), "bf16")
+    if sustained_rate(gpu, dtype) is not None:
+        return value * measured_on.peak_flops(dtype) / usual_peak(measured_on, dtype)
+    return min(value * _sustained_clock(gpu, measured_on), MOST_OF_PEAK)
+
+
 def _sustained_clock(gpu: Gpu, measured_on: Gpu) -> float:
-    """How much more of its peak a GPU sustains than another of its generation, by board power per peak FLOP/s. A rate that is known is in
-    the physics already."""
-    if gpu.name == measured_on.name or gpu.compute_capability is None or gpu.compute_capability != measured_on.compute_capability:
-        return 1.0
-    if gpu.sustained_flops_per_s:
+    """How much more of its peak a GPU sustains than another of its generation, by board power per peak FLOP/s."""
+    if gpu.compute_capability is None or gpu.compute_capability != measured_on.compute_capability:
         return 1.0
     here, there = (one.board_power_w / one.peak_flops("bf16") for one in (gpu, measured_on))
     return float((here / there) ** DVFS_EXPONENT)

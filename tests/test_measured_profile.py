@@ -415,6 +415,24 @@ def test_a_gpu_whose_sustained_rate_is_known_is_priced_by_it() -> None:
     assert 0.93 * 76.6e12 < 2 * 8192**3 / load_profile("auto", card, "vllm").answer(op).seconds < 1.02 * 76.6e12
 
 
+def test_times_measured_on_a_gpu_stand_above_what_it_is_said_to_sustain() -> None:
+    """Own tables answer alike, and so do fits of own rows; others' tables are carried by what both GPUs sustain."""
+    h100 = load_gpu("h100")
+    said = replace(h100, sustained_flops_per_s={"bf16": 0.9 * h100.peak_flops("bf16")})
+    products = [Gemm(m, 8192, 8192, dtype) for m in (1, 256, 8192) for dtype in ("bf16", "fp8")]
+    for op in (*products, PrefillAttention(8192, 0, 32, 8, 128, "bf16")):
+        assert load_profile("auto", said, "vllm").answer(op) == load_profile("auto", h100, "vllm").answer(op)
+    path = shipped()["h100-sxm-80gb/vllm-0.24.0"]
+    other, op = replace(h100, name="other"), Gemm(8192, 8192, 8192, "bf16")
+    content = load_profile_file(path)
+    plain = MeasuredProfile(content, other, h100).answer(op).seconds
+    alike = MeasuredProfile(content, replace(other, sustained_flops_per_s=said.sustained_flops_per_s), said).answer(op).seconds
+    assert alike == pytest.approx(plain)
+    found = made_up(A100, 0.03, np.random.default_rng(3))
+    files = [build(gpu, found, "made up")[0] for gpu in (A100, replace(A100, sustained_flops_per_s={"bf16": 0.5 * A100.peak_flops("bf16")}))]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("dtype", SUSTAINED_DTYPES)
 def test_every_sustained_rate_is_used(dtype: str) -> None:
     gpu, op = load_gpu("a100"), Gemm(8192, 8192, 8192, dtype)
