@@ -122,13 +122,16 @@ def measure(engine: Any, clock: Clock, batch: int, prompt_tokens: int, num_steps
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sources", type=Path, help="folder that holds the package vllm of the unpacked wheel")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "vllm_v0_host.csv")
+    kept = Path(__file__).parent / "results" / "vllm_v0_host.csv"
+    parser.add_argument("--out", type=Path, default=kept)
     parser.add_argument("--steps", type=int, default=80, help="timed steps of each case, half of them with RequestOutputs")
     parser.add_argument("--rounds", type=int, default=3, help="times that all cases are run over")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=PROMPT_TOKENS)
     parser.add_argument("--fp8", action="store_true", help="fp8 weights, a scale a tensor")
     options = parser.parse_args()
+    if options.out == kept and (options.fp8 or options.batches != BATCHES or options.prompt_tokens != PROMPT_TOKENS):
+        parser.error("--out: the kept rows are of all batches and prompts with 16-bit weights; name another file")
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         stand_in(options.sources, Path(folder))

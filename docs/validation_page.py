@@ -58,7 +58,7 @@ TAIL = """
   step, block tables copied whole. That moved the errors from 39 % and 72 % to 24 % and 34 %. What is left is there in plain vLLM 0.6
   already, and nearly the same on both machines: steps are 14-15 ms longer than simulated on the L4 at batches of 1 and 4, 17-23 ms where
   sequences are preempted, and 12-16 ms on the H100 NVL at batches from 3 to 51; prompts are about right. A model of 32 layers and one of
-  80, at bandwidths 13 times apart: neither bandwidth nor launches give the same. Alone, an L4 is within 5 % under later vLLM.
+  80, at bandwidths 13 times apart: neither bandwidth nor launches give the same. Alone, an L4 under later vLLM lacks 1 ms a token.
   vLLM 0.6's Python was measured: 0.9 ms and 60 us a sequence on a Xeon core; eager launches, 16 ms for 80 layers, a sixth more with
   fp8 weights (`benchmarks/vllm_v0_host.py --fp8`), hide behind the device. The fork's plain path waits for nothing more, as its code reads.
   So 14 ms a step depend on nothing that is known, and are not priced. Not modelled either: loops over all running sequences at every
@@ -103,7 +103,7 @@ TAIL = """
   cross the link at less than the 85 % of PCIe that is assumed, CPU attention runs at an assumed 100 GB/s, and widening from
   4 bits is priced by its bytes. Its peaks are some 25 % too low: the T4 logs' code kept softmax in fp32 or more buffers.
 - **Products of few rows on a T4** are 6 % too quick for one row, 11-19 % for 16 and 19-30 % for 32 and 64: PyTorch's kernels read 190 of
-  320 GB/s there, since they compute whole tiles of rows at what a 70 W card sustains. No table of another GPU shows that.
+  320 GB/s there, perhaps since they compute whole tiles of rows at what a 70 W card sustains. No table of another GPU shows that.
 - **KIVI's and ThinK's headlines** are shown without bars: largest batches and peak memory follow (within 3 % for KIVI, 8-17 % for both
   together), KIVI's throughput of up to 3.47x is 2.2x here, since Hugging Face's eager kernels limit both sides and are not measured.
 - **fp8 caches under load on an H100** (vLLM 0.19.1, 8 clients of 20,000 + 2,000 tokens): steps 8 % too quick with a full cache and 20 %
@@ -114,9 +114,9 @@ TAIL = """
 - **fp8 caches on an A100** make prompts 2-5 % slower; kvsim prices them alike (its tables know no 8-bit caches in prompts of that card,
   which has no 8-bit products and widens what it reads). Decode steps in eager mode wait for the host in kvsim at every length and gain
   nothing; measured gains go from 0 to 5.5 %.
-- **Qwen3-32B on four RTX 4090s**: TTFT of 10,240 tokens 35 % too high. All-reduces are 3.1 of 4.5 s; their bandwidth is carried over from
-  L40S, and the source's cards did the whole prompt in 3.3. The fp8 pool is 22 % too large: the source's engine left 20 % less memory for
-  the cache with fp8 than with 16 bits, which nothing in kvsim depends on.
+- **Qwen3-32B on four RTX 4090s**: TTFT of 10,240 tokens 23 % too high. All-reduces are 2.7 of 4.1 s; their bandwidth is the mean of what
+  two machines with other cards reach over PCIe, and the source's cards did the whole prompt in 3.3. The fp8 pool is 22 % too large: the
+  source's engine left 20 % less memory for the cache with fp8 than with 16 bits, which nothing in kvsim depends on.
 - **SnapKV and PyramidKV in Sparse-vLLM** gain 1.68x and 1.55x at 4 x 128,000 tokens, 2.5x in kvsim. SGLang stands in for an engine of
   its own: steps are 2.7 ms longer than simulated with the full cache and 4.6-5.5 ms with a compressed one, nearly twice the 6.2 ms that
   weights and kept tokens take. On what is not stated; it is that engine's own, whose StreamingLLM even loses (0.66x), and is not priced.
@@ -168,12 +168,13 @@ TAIL = """
   up to 128 clients make 72 ms at a batch of 2,048, which is the whole time of a measured step: the work must grow more slowly than batch.
 - **First token under TensorRT-LLM 0.5 on an L40S** (fp8, 2,048 tokens) is 46 % too slow, on H100s and A100s 1-13 % too quick: 72 of 106 ms
   are products at the rates of a measured table of release 1.3, as long as the whole of what 0.5 took, and 22 ms element-wise work.
-- **Llama-3.1-70B and 405B in fp8 on eight MI300X**: 30 runs of AMD's own, median error 6.5 %. It was 17 % before large products were held
-  to the rate that AMD measures under load (708 TFLOP/s in bf16 and 1,273 in fp8 of 1,307 and 2,615 on the datasheet; `sustained_tflops` of
-  the GPU's file). The 16 runs at most load are AMD's under two releases, which differ by up to 24 %; kvsim is 14 % too slow to 13 % too
-  quick. Bad: batches of 32 and 128 after prompts of 128 tokens, 16-38 % too quick, and Qwen3-8B with 32 clients on one GPU, 29 %. No AMD
-  GPU has a table: all else is the datasheet's.
-- **Tensor parallelism over PCIe on T4s** is 33 % too quick, as much as those cards' other rows; on four A100s it is 13 %. **SGLang on eight
+- **Llama-3.1-70B and 405B in fp8 on eight MI300X**: 30 runs of AMD's own, median error 17 %, from 5 % too slow to 44 % too quick (batches
+  of 128 after prompts of 128 tokens); most are too quick, and Qwen3-8B with 32 clients on one GPU is by 29 %, its TTFT by 59 %. No AMD GPU
+  has a table. Large products are held to the best that AMD measures under load (708 TFLOP/s in bf16 and 1,273 in fp8 of 1,307 and 2,615
+  on the datasheet; `sustained_tflops` of the GPU's file), and other shapes fall behind that as they do on NVIDIA's GPUs. On an MI325X AMD
+  gives for the shapes of a model 19-26 % less than for its best product, which would explain much. The 16 runs at most load are AMD's
+  under two releases, which differ by up to 24 %.
+- **Tensor parallelism over PCIe on T4s** is 34 % too quick, as much as those cards' other rows; on four A100s it is 13 %. **SGLang on eight
   H100s** takes 3.35 ms a token, kvsim says 2.67: its loop of 2024 prepared every step in turn on eight processes.
 - **Llama-3.1-8B on an RTX 5090** with 800 users at most: 20-22 % too quick under vLLM of May 2025, in bf16 and fp8, and 12 % under
   TensorRT-LLM on the same machine, whose cache held 7 % less than here. Large products, carried over from an RTX PRO 6000's, are 2-8 %

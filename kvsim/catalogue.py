@@ -184,10 +184,20 @@ class Fields:
                 raise InputError(self.field(str(key)), None, "is not a known key", hint)
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def positive_number(field: str, value: object, layout: str = "") -> float:
     """A finite number > 0, else InputError (true and false are no numbers); layout: as of `Fields`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         fix = "write it without a unit, which is in the key's name" if isinstance(value, str) else layout
+        if isinstance(value, str) and _is_number(value):  # YAML 1.1 takes 1e3 for text
+            fix = "write it without quotes, and 1000 for 1e3"
         raise InputError(field, value, "must be a number", fix)
     if not math.isfinite(value) or value <= 0:
         raise InputError(field, value, "must be a finite number > 0", layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         click.echo("kvsim: interrupted", err=True)
         return INTERRUPTED
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _complain(f"{str(error.filename)[:40]}...: the path is too long; give a shorter one")
         if error.errno not in _STDOUT_ERRORS:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -61,10 +61,12 @@ FILTER_BYTES = {
 }
 """Per logit, after the sort. pytorch: mask and its use 14, softmax, cumulative sum, mask and its use 38, scatter 24, as vLLM's
 apply_top_k_top_p has them. The others, at the least: three passes and what stays; a softmax and three passes, a fourth where both act."""
-BEST_OF_PEAK = {"fp32": 0.76, "fp16": 0.81, "bf16": 0.81, "fp8": 0.73, "int8": 0.91}
-"""What the best large product reaches of the datasheet's peak on a GPU with a table, by dtype of the operands: medians over the shipped
-tables (tests/test_measured_profile.py), int8 of an A100 alone; fp32's is the assumed efficiency. Efficiencies are of a peak of which so
-much can be had; where a GPU's own sustained rate is known, that divided by this stands for its peak, and no product is faster."""
+BEST_OF_PEAK = 0.81
+"""What the best large 16-bit product reaches of the datasheet's peak on a GPU with a table: the median over the shipped tables
+(tests/test_measured_profile.py). Attention's efficiencies are of a peak of which so much can be had."""
+OF_SUSTAINED = ", large products at the sustained_tflops of its file"
+_PRODUCTS = (Gemm.kind, PrefillAttention.kind, MixedAttention.kind)
+_OF_A_WIDTH = {"fp16": "bf16", "bf16": "fp16", "fp8": "int8", "int8": "fp8"}
 _ACTIVATION_BYTES = {"fp8": 1, "int8": 1, "fp32": 4}
 KNOT_RATIO, LAST_KNOT_SLOTS = 2**0.25, 2**33
 LARGE_ELEMENTWISE_BYTES, LARGE_MESSAGE_BYTES = 4 * 2**20, 2**20
@@ -84,15 +86,19 @@ def kv_format_class(kv_format: str) -> str:
 
 
 def sustained_rate(gpu: Gpu, dtype: str) -> float | None:
-    """FLOP/s that large products are known to hold, if they are; of 16-bit dtypes one stands in for the other."""
-    other = {"fp16": "bf16", "bf16": "fp16"}.get(dtype, dtype)
-    return gpu.sustained_flops_per_s.get(dtype, gpu.sustained_flops_per_s.get(other))
+    """FLOP/s that the best large product is known to hold, if it is. Of two dtypes of a width one stands in for the other."""
+    found = gpu.sustained_flops_per_s.get(dtype)
+    other = _OF_A_WIDTH.get(dtype, dtype)
+    if found is None and other in gpu.sustained_flops_per_s:
+        return gpu.sustained_flops_per_s[other] * gpu.peak_flops(dtype) / gpu.peak_flops(other)
+    return found
 
 
 def usual_peak(gpu: Gpu, dtype: str) -> float:
-    """FLOP/s: the peak that the efficiencies are shares of. The datasheet's, or what stands for it where it is known what is sustained."""
+    """FLOP/s: the peak that attention's efficiencies are shares of. The datasheet's, or what stands for it where it is known what is
+    sustained: attention is held back as products are."""
     sustained = sustained_rate(gpu, dtype)
-    return gpu.peak_flops(dtype) if sustained is None else sustained / BEST_OF_PEAK[dtype]
+    return gpu.peak_flops(dtype) if sustained is None else sustained / BEST_OF_PEAK
 
 
 class DatasheetProfile:
@@ -104,7 +110,8 @@ class DatasheetProfile:
         self._hbm = gpu.hbm_bandwidth_bytes_per_s
         self._peak_16bit = usual_peak(gpu, "bf16")
         self._labels: dict[tuple[str, str], tuple[str, LogBias, str]] = {
-            key: (e.bias_sources[key], bias, key[1]) for key, bias in e.log_biases.items()
+            key: (e.bias_sources[key] + (OF_SUSTAINED if gpu.sustained_flops_per_s and key[0] in _PRODUCTS else ""), bias, key[1])
+            for key, bias in e.log_biases.items()
         }
         self._answerers: dict[type, Callable[[Any, float], tuple[float, str]]] = {
             Gemm: self._gemm,
@@ -132,10 +139,11 @@ class DatasheetProfile:
         self._decode_split_s = e["decode_attention.split_s"]
         self._decode_split_tokens = e["decode_attention.split_tokens"]
         self._decode_block_s = e["decode_attention.block_s"] / gpu.num_sms
-        self._decode_flops_per_s = e["decode_attention.compute_frac"] * self._peak_16bit
-        # Beside 16-bit caches a decode kernel's products are the loop of a prompt's kernel. They bind on no GPU with a table, but where
-        # matrix rate is low for the bandwidth (an RTX 3090): the tile of DECODE_TILE_ROWS is computed whole.
-        self._decode_16bit_flops_per_s = max(self._decode_flops_per_s, self._prefill_flops_per_s)
+        # Beside 16-bit caches a decode kernel's products are the loop of a prompt's kernel; what is stored in fewer bits is widened before.
+        # With up to 71 query heads for a KV head they bind on no GPU with a table, but where matrix rate is low for the bandwidth (an
+        # RTX 3090): the tile of DECODE_TILE_ROWS is computed whole. No measurement tells the rate over smaller formats where it binds.
+        assumed = e["decode_attention.compute_frac"] * self._peak_16bit
+        self._decode_flops_per_s = {"16bit": max(assumed, self._prefill_flops_per_s), "fp8": assumed, "subbyte": assumed}
         self._decode_bytes_per_s = {
             name: e[f"decode_attention.memory_frac.{name}"] * self._hbm for name in ("16bit", "fp8", "subbyte")
         }
@@ -187,9 +195,9 @@ class DatasheetProfile:
             return memory_s, compute_s
         if isinstance(op, PrefillAttention):
             return self._prefill_terms(op, 1.0)
-        bytes_per_s = self._decode_bytes_per_s[self._format(op.kv_format)]
+        form = self._format(op.kv_format)
         rows = max(op.q_heads / op.kv_heads, DECODE_TILE_ROWS)
-        return op.bytes_moved / bytes_per_s, 4.0 * op.kv_slots * op.head_dim * rows / self._decode_flops_per_s
+        return op.bytes_moved / self._decode_bytes_per_s[form], 4.0 * op.kv_slots * op.head_dim * rows / self._decode_flops_per_s[form]
 
     # GEMM ---------------------------------------------------------------------------------------------------------
 
@@ -203,7 +211,11 @@ class DatasheetProfile:
         launch_s, memory_frac, compute_frac = (
             self.efficiencies[f"gemm.{shape}.{key}"] for key in ("launch_s", "memory_frac", "compute_frac")
         )
-        flops_per_s = min(compute_frac * usual_peak(self.gpu, operands), sustained_rate(self.gpu, operands) or math.inf)
+        flops_per_s = compute_frac * self.gpu.peak_flops(operands)
+        sustained = sustained_rate(self.gpu, operands)
+        if sustained is not None:  # 4-bit weights, and 8-bit ones that are widened, stay as far behind as the efficiencies have them
+            behind = compute_frac / self.efficiencies["gemm.16bit.compute_frac"] if shape == "int4" else 1.0
+            flops_per_s = sustained * min(behind, 1.0)
         return name, launch_s, memory_frac * self._hbm, flops_per_s, _ACTIVATION_BYTES.get(name, 2)
 
     def _gemm(self, op: Gemm, share: float) -> tuple[float, str]:
@@ -274,10 +286,10 @@ class DatasheetProfile:
         bytes_per_s = self._decode_bytes_per_s[form] * share
         slot_s, query_s = op.slot_bytes / bytes_per_s, 4.0 * batch * op.q_heads * op.head_dim / bytes_per_s
         rows = max(op.q_heads / op.kv_heads, DECODE_TILE_ROWS)
-        flops_per_s = self._decode_16bit_flops_per_s if form == "16bit" else self._decode_flops_per_s
+        flops_per_s = self._decode_flops_per_s[form]
         if op.kv_format == "fp32":
             rows = op.q_heads / op.kv_heads
-            flops_per_s = self._decode_flops_per_s * self.gpu.peak_flops("fp32") / self._peak_16bit
+            flops_per_s = self._decode_flops_per_s["fp8"] * self.gpu.peak_flops("fp32") / self._peak_16bit
         compute_s = 4.0 * op.head_dim * rows / flops_per_s
         block_s = blocks * self._decode_block_s
         launch_s = self._decode_launch_s + batch * self._decode_sequence_s
@@ -353,7 +365,7 @@ class DatasheetProfile:
             return 0.0, size_class
         e = self.efficiencies
         passes = (op.num_gpus - 1) * (2.0 / op.num_gpus if op.name == "all_reduce" else 1.0)
-        link_bytes_per_s = self.gpu.gpu_link_bytes_per_s if link == "link" else self.gpu.host_link_bytes_per_s
+        link_bytes_per_s = self.gpu.gpu_link_bytes_per_s  # PCIe, where there is nothing better
         latency_s = e[f"collective.{link}.{mode}_s"] + e[f"collective.{link}.per_doubling_s"] * math.log2(op.num_gpus)
         traffic_s = passes * op.message_bytes / (e[f"collective.{link}.bus_frac"] * link_bytes_per_s)
         return latency_s + traffic_s, size_class

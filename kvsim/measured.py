@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from kvsim.coordinates import AXES, OWN_KINDS, POOLED, Place, error_class, locate
 from kvsim.correction import Correction, cell_of
-from kvsim.datasheet import DatasheetProfile, sustained_rate, usual_peak
+from kvsim.datasheet import BEST_OF_PEAK, DatasheetProfile, sustained_rate
 from kvsim.efficiencies import load_efficiencies
 from kvsim.hardware import Gpu
 from kvsim.ops import DecodeAttention, Elementwise, Gemm, HostWork, MixedAttention, Op, PolicyKernel, PrefillAttention
@@ -32,6 +32,8 @@ DVFS_EXPONENT = 0.4
 """Under a power limit power goes with clock x voltage squared and voltage nearly with clock, P ~ f^2.5, so clocks go with P^0.4. From an
 L40S (350 W, 64 % of its peak in GEMMs) this says 97 % for an RTX 4090 (450 W for half the peak), which measures 98 %."""
 MOST_OF_PEAK = 1.0
+LARGE_PRODUCTS = tuple((m, n, k) for m in (2048, 4096, 8192) for n, k in ((8192, 8192), (28672, 8192), (8192, 28672), (28672, 4096)))
+"""m, n, k: the best of them stands for the best product of a table."""
 CONTEXT = AXES[DecodeAttention.kind].index("context")
 
 
@@ -58,14 +60,23 @@ class MeasuredProfile:
         self.content, self.gpu = content, gpu
         self._extra_sigma, self._carried = extra_sigma, carried
         self.same_generation = gpu.compute_capability == measured_on.compute_capability
+        self.same_link = gpu.has_gpu_link == measured_on.has_gpu_link
         efficiencies = load_efficiencies()
         known = {name: value for name, value in content.efficiencies.items() if name in efficiencies.values}
         # Latencies inside a kernel are cycles: fitted ones of A100, H100 and L40S go with 1 / boost clock to within some 10 %.
         cycles = measured_on.boost_clock_hz / gpu.boost_clock_hz
         known = {name: value * cycles if _is_latency(name) else value for name, value in known.items()}
         if gpu.name != measured_on.name:
-            known = {name: _carried_share(name, value, gpu, measured_on) for name, value in known.items()}
-        self.physics = DatasheetProfile(gpu.by_datasheet() if gpu.name == measured_on.name else gpu, efficiencies.replaced(known))
+            clock = _sustained_clock(gpu, measured_on)
+            for dtype in {_operands(name) for name in known if name.endswith("compute_frac")}:
+                rate = sustained_rate(gpu, dtype)
+                factor = clock if rate is None else rate / gpu.peak_flops(dtype) / _best_share(content, measured_on, dtype)
+                known |= {
+                    name: min(value * factor, MOST_OF_PEAK) if rate is None else value * factor
+                    for name, value in known.items()
+                    if name.endswith("compute_frac") and _operands(name) == dtype
+                }
+        self.physics = DatasheetProfile(gpu.by_datasheet(), efficiencies.replaced(known))
         self._shift = log2(measured_on.num_sms / gpu.num_sms)
         # A benchmark's cache may stay in a large L2; in a step the weights of every layer pass through between two visits.
         self._least_s_per_byte = 0.0 if gpu.name == measured_on.name else 1.0 / gpu.hbm_bandwidth_bytes_per_s
@@ -278,14 +289,18 @@ def _is_latency(name: str) -> bool:
     return name.endswith("_s") and not name.startswith(("host.", "collective.", "copy."))
 
 
-def _carried_share(name: str, value: float, gpu: Gpu, measured_on: Gpu) -> float:
-    """An efficiency for another GPU than it was fitted on; of a peak in products, by what is known of the rates both sustain."""
-    if not name.endswith("compute_frac"):
-        return value
-    dtype = next((dtype for dtype in ("fp8", "int8", "fp32") if f".{dtype}." in name), "bf16")
-    if sustained_rate(gpu, dtype) is not None:
-        return value * measured_on.peak_flops(dtype) / usual_peak(measured_on, dtype)
-    return min(value * _sustained_clock(gpu, measured_on), MOST_OF_PEAK)
+def _operands(name: str) -> str:
+    """What an efficiency's products multiply: attention and weights of 4 bits are widened."""
+    return next((dtype for dtype in ("fp8", "int8", "fp32") if f".{dtype}." in name), "bf16")
+
+
+def _best_share(content: ProfileFile, measured_on: Gpu, dtype: str) -> float:
+    """Of its datasheet's peak, what the best large product of a profile reaches on the GPU that it was measured on."""
+    profile = MeasuredProfile(content, measured_on, measured_on)
+    products = [Gemm(*shape, dtype) for shape in LARGE_PRODUCTS]
+    if not profile.knows(locate(products[0], measured_on.num_sms), True):
+        return BEST_OF_PEAK
+    return max(2.0 * op.m * op.n * op.k / profile.answer(op).seconds for op in products) / measured_on.peak_flops(dtype)
 
 
 def _sustained_clock(gpu: Gpu, measured_on: Gpu) -> float:

@@ -27,7 +27,7 @@ class Ledger:
         weights = engine.gpu_weight_bytes(model, tp, weight_dtype)
         allowed = floor(gpu.usable_bytes * engine.gpu_memory_utilization)
         self.lines: list[LedgerLine] = [
-            LedgerLine("GPU memory", gpu.usable_bytes, f"as {gpu.name} reports it: {gpu.sources.get('usable_memory_gib', '')}"),
+            LedgerLine("GPU memory", gpu.usable_bytes, f"what {gpu.name} leaves to a process: {gpu.sources.get('usable_memory_gib', '')}"),
             LedgerLine(
                 "engine's share", allowed, f"gpu_memory_utilization = {engine.gpu_memory_utilization:g}",
             ),

@@ -17,7 +17,7 @@ from kvsim.coordinates import OWN_KINDS, Place, locate
 from kvsim.datasheet import DatasheetProfile
 from kvsim.hardware import Gpu, list_gpus, load_gpu
 from kvsim.measured import MeasuredProfile
-from kvsim.ops import DecodeAttention, Elementwise, Gemm, Op
+from kvsim.ops import Collective, DecodeAttention, Elementwise, Gemm, Op
 from kvsim.profile import Answer, LogBias, Profile
 from kvsim.profile_file import DEVICE_FILE, ProfileFile, load_profile_file, shipped
 
@@ -59,6 +59,9 @@ class Neighbours:
             able = able or [(profile, weight) for profile, weight in pairs if profile.knows(place, False)]
             if place.kind == Gemm.kind:  # power limits matrix rates, and power compares within a generation only
                 able = [pair for pair in able if pair[0].same_generation] or able
+            if place.kind == Collective.kind:  # what the link is matters, and over PCIe the machine, of which a GPU says nothing
+                able = [pair for pair in able if pair[0].same_link] or able
+                able = able if self._profiles[0].gpu.has_gpu_link else [(profile, 1.0) for profile, _ in able]
             total = sum(weight for _, weight in able)
             found = self._chosen[place[:3]] = [(profile, weight / total) for profile, weight in able]
         return found
@@ -195,7 +198,7 @@ def _link(path: Path, gpu: Gpu, sigma: float = 0.0, carried: str = "", serves: b
         content = replace(content, tables={key: data for key, data in content.tables.items() if not key[0].endswith("_attention")})
     measured_on = measured_gpu(content, path, gpu)
     if measured_on.name != gpu.name and not carried:
-        sigma, carried = NEIGHBOUR_SIGMA, "scaled by datasheet"
+        sigma, carried = NEIGHBOUR_SIGMA, _by(gpu)
     return MeasuredProfile(content, gpu, measured_on, sigma, carried)
 
 
@@ -220,8 +223,12 @@ def neighbours(gpu: Gpu, kernels: str, paths: Sequence[Path]) -> Neighbours | No
         return None
     distances = {name: _distance(gpu, load_gpu(name)) for name in by_gpu}
     order = sorted(by_gpu, key=lambda name: (distances[name], name))
-    profiles = [_link(by_gpu[name], gpu, NEIGHBOUR_SIGMA, "scaled by datasheet", serves) for name in order]
+    profiles = [_link(by_gpu[name], gpu, NEIGHBOUR_SIGMA, _by(gpu), serves) for name in order]
     return Neighbours(profiles, [exp(-distances[name] / NEIGHBOUR_RANGE) for name in order])
+
+
+def _by(gpu: Gpu) -> str:
+    return "scaled by datasheet" + (" and sustained_tflops" if gpu.sustained_flops_per_s else "")
 
 
 def _distance(one: Gpu, other: Gpu) -> float:

@@ -96,6 +96,10 @@ def check_number(scenario: Scenario, num_finished: int) -> None:
         raise InputError("workload.warmup_requests", workload.warmup_requests, rule, f"try {num_finished // 10}")
 
 
+NO_LINK = "no NVLink"
+"""How the note on links begins."""
+
+
 def link_note(deployment: Deployment) -> list[str]:
     """How quick all-reduces over PCIe are taken to be: no datasheet says it, and machines differ more than anything else does."""
     d = deployment
@@ -104,7 +108,7 @@ def link_note(deployment: Deployment) -> list[str]:
     seconds = d.profile.answer(Collective("all_reduce", LINK_NOTE_BYTES, d.tp)).seconds
     rate = 2 * (d.tp - 1) / d.tp * LINK_NOTE_BYTES / seconds / 1e9
     return [
-        f"no NVLink: all-reduces cross PCIe, at {rate:.2g} GB/s in long prompts as priced here; between machines that is 2 to 25 GB/s "
+        f"{NO_LINK}: all-reduces cross PCIe, at {rate:.2g} GB/s in long prompts as priced here; between machines that is 2 to 25 GB/s "
         "(switches, peer-to-peer), so prompts may take several times as long or as short: measure yours (kvsim calibrate device), or "
         "give that rate as gpu_link_gb_per_s in a GPU file of your own"
     ]

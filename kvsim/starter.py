@@ -234,7 +234,7 @@ tensor_parallel: {scenario.tensor_parallel}  # GPUs that share each layer
 weight_dtype: {scenario.weight_dtype}  # fp32, fp16, bf16, fp8, int8 or int4
 
 engine:  # kvsim list engines
-{_engine_lines(scenario.engine)}
+{_engine_lines(scenario.engine, scenario.engine.for_gpu(load_gpu(answers.gpu), scenario.tensor_parallel))}
 workload:
 {source}{rate}{_lines(traffic)}
 # The whole cache, [], is what the others are compared with; blocks in one list compose (kvsim list policies).
@@ -245,9 +245,13 @@ slo: {flow_yaml(dict(scenario.slo))}
 """
 
 
-def _engine_lines(engine: Engine) -> str:
-    """Its own fields and those that differ from the defaults, each with its meaning; unset ones as comments."""
-    values = engine.model_dump(mode="json")
+def _engine_lines(engine: Engine, on_gpu: Engine) -> str:
+    """Its own fields and those that differ from the defaults, each with its meaning; unset ones as comments. on_gpu: with defaults of its
+    GPU, so that what is written down is what would be taken."""
+    values = {
+        name: value if value is None else chosen
+        for (name, value), chosen in zip(engine.model_dump(mode="json").items(), on_gpu.model_dump(mode="json").values(), strict=True)
+    }
     lines = [f"  kind: {values['kind']}"]
     own = {row.name for row in field_rows(type(engine), Engine)}
     for row in field_rows(type(engine)):

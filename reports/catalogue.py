@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import RenderableType
 
+    from kvsim.hardware import Gpu
     from kvsim.profile_file import TableData
 
 
@@ -39,13 +40,21 @@ def gpus() -> Iterator[RenderableType]:
     found = [(name, load_gpu(name)) for name in list_gpus()]
     rows = [
         (name, f"{g.hbm_bytes / 2**30:,.0f}", f"{g.hbm_bandwidth_bytes_per_s / 1e9:,.0f}",
-         f"{g.peak_flops('bf16') / 1e12:,.0f}", f"{g.gpu_link_bytes_per_s / 1e9:,.0f}" if g.has_gpu_link else "-",
+         f"{g.peak_flops('bf16') / 1e12:,.0f}{_held(g)}", f"{g.gpu_link_bytes_per_s / 1e9:,.0f}" if g.has_gpu_link else "-",
          ", ".join(sorted(measured.get(name, []))) or "-")
         for name, g in found
     ]  # fmt: skip
     heads = ("gpu", "memory\nGiB", "HBM\nGB/s", "bf16 dense\nTFLOP/s", "GPU link\nGB/s", "measured under")
     yield plain_table("GPUs", heads, rows)
     yield Text("Where nothing was measured, times are carried over from the other GPUs by datasheet, with wider bands.")
+    yield Text("In brackets: what large products were measured to hold (sustained_tflops), where that is what counts.")
+
+
+def _held(gpu: Gpu) -> str:
+    from kvsim.datasheet import sustained_rate
+
+    held = sustained_rate(gpu, "bf16")
+    return "" if held is None else f" ({held / 1e12:,.0f})"
 
 
 def models() -> Iterator[RenderableType]:

@@ -29,6 +29,8 @@ def plan_text(result: PlanResult, width: int = PIPE_WIDTH) -> str:
 def plan_parts(result: PlanResult) -> Iterable[RenderableType]:
     from rich.text import Text
 
+    from kvsim.serving import NO_LINK
+
     yield Text(result.title, style="bold")
     usable = [option for option in result.options if option.reason is None]
     if usable:
@@ -41,6 +43,9 @@ def plan_parts(result: PlanResult) -> Iterable[RenderableType]:
     yield Text("")
     for note in result.notes:
         yield Text(f"Note: {note}")
+    over_pcie = [option.name for option in usable if any(note.startswith(NO_LINK) for note in option.notes)]
+    if over_pcie:
+        yield Text(f"Note: {NO_LINK} in {', '.join(over_pcie)}: all-reduces differ by ten times between machines, see what kvsim run says")
     yield Text("\n" + "\n".join(result.summary), style="bold")
 
 

@@ -371,3 +371,13 @@ def test_the_real_program_ends_the_same_way(folder: Path) -> None:
 def test_the_scenario_of_this_table_is_good(folder: Path) -> None:
     assert main(["run", "scenario.yaml", "-q"]) == DONE
     assert yaml.safe_load(SCENARIO)["policies"]["full"] == []
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    "argv", [["run", "scenario.yaml", "--out", LONG], ["report", LONG], ["run", "scenario.yaml", "--set", f"gpu={LONG}.yaml"]]
+)
+def test_a_path_that_no_file_system_takes_is_one_line(argv: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_refused(argv, ["the path is too long; give a shorter one"], folder, capsys)

@@ -10,8 +10,10 @@ from types import ModuleType
 import pytest
 import yaml
 
+from kvsim.catalogue import DATA
 from kvsim.cli import main
 from kvsim.commands.exit_codes import EXIT_CODES
+from kvsim.hardware import load_gpu
 from kvsim.scenario import Scenario
 from kvsim.workload import WorkloadConfig
 
@@ -35,6 +37,16 @@ def generate() -> ModuleType:
 def test_generated_documents_are_current(generate: ModuleType) -> None:
     for path, text in generate.pages().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is out of date: run python docs/generate.py"
+
+
+def test_every_key_of_a_gpu_file_is_described(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "gpus.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    files = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (DATA / "gpus").glob("*.yaml")]
+    assert described == {key for content in files for key in content}
+    example = tmp_path / "my-card.yaml"
+    example.write_text(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0], encoding="utf-8")
+    assert load_gpu(example).sustained_flops_per_s == {"bf16": 160e12}
 
 
 def test_every_field_of_a_scenario_is_described(generate: ModuleType) -> None:

@@ -47,3 +47,15 @@ def test_a_gpu_file_with_the_machines_rate_ends_the_note(tmp_path: Path) -> None
     own |= {"name": "switched", "gpu_link_gb_per_s": 25.0}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
     assert "NVLink" not in notes("own.yaml", 4, tmp_path)
+
+
+def test_over_pcie_the_machine_counts_and_not_the_card() -> None:
+    """Cards without a table, on the same PCIe, are taken for alike; none is quicker than its link, NVLink-C2C being none to other GPUs."""
+    message = Collective("all_reduce", LINK_NOTE_BYTES, 4)
+    cards = ("rtx-3090", "rtx-4090", "a40", "l4", "a100-pcie-80gb")
+    seconds = [load_profile("auto", load_gpu(card), "vllm").answer(message).seconds for card in cards]
+    assert max(seconds) == pytest.approx(min(seconds), rel=0.01)
+    for card in (*cards, "h100-pcie-80gb", "rtx-5090", "gh200"):
+        answer = load_profile("auto", load_gpu(card), "vllm").answer(message)
+        assert 1.5 * LINK_NOTE_BYTES / answer.seconds < 0.7 * min(load_gpu(card).host_link_bytes_per_s, 63e9), card
+        assert "b200" not in answer.source and "h100-sxm" not in answer.source

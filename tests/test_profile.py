@@ -161,7 +161,7 @@ def test_no_faster_than_the_datasheet_when_cold_and_large(name: str) -> None:
         slots = round(tera / slot_bytes)
         op = DecodeAttention(64, 32, 8, 128, slots, slots // 512, slot_bytes, form)
         products_s = 4.0 * slots * op.head_dim * DECODE_TILE_ROWS / usual_peak(gpu, "bf16")  # queries of a group, padded to a tile
-        assert ideal <= seconds(profile, op) < max(4 * ideal, 5 * products_s)
+        assert ideal <= seconds(profile, op) < max(4 * ideal, 2.5 * products_s)
     n = 2**15
     for dtype, element_bytes in (("bf16", 2), ("fp8", 1), ("int8", 1), ("int4", 0.53125)):
         weight_bytes_s = element_bytes * n * n / gpu.hbm_bandwidth_bytes_per_s
@@ -173,6 +173,19 @@ def test_no_faster_than_the_datasheet_when_cold_and_large(name: str) -> None:
     prefill = PrefillAttention(2**17, 0, 32, 8, 128, "bf16")
     assert prefill.flops / gpu.peak_flops("bf16") <= seconds(profile, prefill) < 3 * prefill.flops / usual_peak(gpu, "bf16")
     assert seconds(profile, MixedAttention(prefill, DECODE)) > seconds(profile, prefill)
+
+
+@pytest.mark.parametrize("name", list_gpus())
+@pytest.mark.parametrize(("kv_format", "slot_bytes"), [("bf16", 512.0), ("fp8", 256.0), ("int4", 144.0)])
+def test_what_binds_a_decode_kernel_is_what_it_takes(name: str, kv_format: str, slot_bytes: float) -> None:
+    """`terms`, which plans ask, and the time itself; 16-bit kernels multiply as quickly as prompts' kernels do."""
+    physics = DatasheetProfile(load_gpu(name))
+    op = DecodeAttention(64, 32, 8, 128, 64 * 8 * 2**17, 2**17, slot_bytes, kv_format)
+    assert physics.answer(op).seconds == pytest.approx(max(physics.terms(op)), rel=0.02)
+    if kv_format == "bf16":
+        prompt = PrefillAttention(2**17, 0, 32, 8, 128, "bf16")
+        rate = prompt.flops / physics.terms(prompt)[1]
+        assert physics.terms(op)[1] == pytest.approx(4.0 * op.kv_slots * op.head_dim * DECODE_TILE_ROWS / rate, rel=0.02)
 
 
 @pytest.mark.parametrize(

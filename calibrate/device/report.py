@@ -11,6 +11,7 @@ from statistics import median
 from kvsim.calibrate.device.conclude import Conclusion
 from kvsim.calibrate.device.rows_file import OK, PROBE, Row
 from kvsim.catalogue import DATA
+from kvsim.datasheet import sustained_rate
 from kvsim.hardware import load_gpu
 
 REPORT_FILE = "report.md"
@@ -83,7 +84,7 @@ def warnings(conclusion: Conclusion) -> list[str]:
     if (DATA / "gpus" / f"{conclusion.gpu.name}.yaml").exists():
         sheet = load_gpu(conclusion.gpu.name)
         for name, rate in header["peak_flops_per_s"].items():
-            if name in ("fp16", "bf16") and rate < 0.5 * sheet.peak_flops(name):
+            if name in ("fp16", "bf16") and rate < 0.5 * (sustained_rate(sheet, name) or sheet.peak_flops(name)):
                 found.append(f"{name} products reach {rate / sheet.peak_flops(name):.0%} of the datasheet's peak: less than a whole GPU?")
     lone = [line[0] for line in error_lines(conclusion) if line[2] == "single rows" and line[0].partition(" ")[0].endswith("attention")]
     if lone:

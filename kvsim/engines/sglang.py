@@ -14,7 +14,7 @@ looked at again when a request finishes or every 8 decode steps (SGLang: every s
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -22,6 +22,7 @@ from kvsim.batch import Sequence
 from kvsim.cost_types import Chunk
 from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
 from kvsim.engines.scheduler import Scheduler, Step
+from kvsim.errors import InputError
 from kvsim.model import Model
 from kvsim.ops import HostWork, Op
 from kvsim.policies.compose import CachePlan
@@ -85,7 +86,8 @@ class SgLang(Engine):
 
     sampling: RequestedSampling = Sampling()
     sampling_backend: Literal["flashinfer", "pytorch"] = Field(
-        "flashinfer", description="what searches for top-k and top-p; pytorch: a sort, priced as vLLM's"
+        "flashinfer", description="what searches for top-k and top-p; pytorch: a sort, priced as vLLM's, and what is taken where this is "
+        "left out on another vendor's GPU"
     )
 
     capture_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
@@ -103,7 +105,12 @@ class SgLang(Engine):
     def for_gpu(self, gpu: Gpu, tp: int) -> SgLang:
         defaults = next(row for row in _BY_MEMORY if gpu.usable_bytes < row.below_gib * GIB)
         found = {"chunked_prefill_size_tokens": defaults.prefill_tokens, "cuda_graph_max_bs": defaults.graph_batch[tp >= 4]}
-        return self.model_copy(update={name: value for name, value in found.items() if getattr(self, name) is None})
+        update: dict[str, Any] = {name: value for name, value in found.items() if getattr(self, name) is None}
+        if gpu.compute_capability is None and self.sampling_backend == "flashinfer":
+            if "sampling_backend" in self.model_fields_set:
+                raise InputError("engine.sampling_backend", "flashinfer", f"must be pytorch on {gpu.name}", "FlashInfer is for CUDA")
+            update["sampling_backend"] = "pytorch"
+        return self.model_copy(update=update)
 
     @property
     def prefill_tokens(self) -> int:

@@ -19,6 +19,8 @@ from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
 from kvsim.engines.scheduler import Scheduler
 from kvsim.engines.vllm_memory import collective_line, forward_bytes
 from kvsim.engines.vllm_v1 import V1Scheduler
+from kvsim.errors import InputError
+from kvsim.hardware import Gpu
 from kvsim.model import Model
 from kvsim.ops import HostWork
 from kvsim.policies.compose import CachePlan
@@ -117,6 +119,11 @@ class TensorRtLlm(Engine):
             *shared,
             *self.fork_lines(),
         )  # fmt: skip
+
+    def for_gpu(self, gpu: Gpu, tp: int) -> TensorRtLlm:
+        if gpu.compute_capability is None:
+            raise InputError("engine.kind", "trtllm", f"must be vllm_v1 or sglang on {gpu.name}", "TensorRT-LLM is for CUDA")
+        return self
 
     def scheduler(self, pool: BlockPool, plan: CachePlan, model: Model) -> Scheduler:
         made = (

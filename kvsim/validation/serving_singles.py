@@ -44,11 +44,10 @@ _TT_TPOT_MS = (
 )
 _4090_LOOPS = {4: 210.0, 16: 644.0, 48: 1190.0}
 _5090 = "github.com/{}: inference-benchmarker of Hugging Face, 100 requests a second, 800 users at most"
+_5090_VLLM = {**VLLM_11, "max_num_batched_tokens": 2048, "max_model_len": 1024}
 _5090_ENGINES = (
-    ("vLLM bf16", "bf16", {**VLLM_11, "max_num_batched_tokens": 2048, "max_model_len": 1024}, {"output_tok_s": 3708.0},
-     "vllm-project/vllm issue 16515"),
-    ("vLLM fp8", "fp8", {**VLLM_11, "max_num_batched_tokens": 2048, "max_model_len": 1024}, {"output_tok_s": 5418.0},
-     "vllm-project/vllm issue 16515"),
+    ("vLLM bf16", "bf16", _5090_VLLM, {"output_tok_s": 3708.0}, "vllm-project/vllm issue 16515"),
+    ("vLLM fp8", "fp8", _5090_VLLM, {"output_tok_s": 5418.0}, "vllm-project/vllm issue 16515"),
     ("TensorRT-LLM fp8", "fp8", {"kind": "trtllm", "max_model_len": 2048, "kv_cache_dtype": "fp8"},
      {"output_tok_s": 7435.27, "kv_pool_gib": 16.05}, "NVIDIA/TensorRT-LLM issue 4275"),
 )  # fmt: skip
@@ -78,7 +77,8 @@ def _amd() -> list[Run]:
     found.append(Run(
         "AMD", "qwen3-8b c=32 1024+1024, one GPU", "mi300x-192gb", "qwen3-8b", {"kind": "vllm_v1", "max_model_len": 32768},
         loop(32, 100, fixed(1024, 1024)), {"output_tok_s": 2701.39, "tpot_ms": 9.42, "ttft_ms": 645.02},
-        "github.com/vllm-project/recipes pull request 431: Qwen3Guard-Gen-8B, vLLM of April 2026", "its settings are not stated", batch=32,
+        "github.com/vllm-project/recipes pull request 431: Qwen3Guard-Gen-8B, vLLM of April 2026",
+        "settings not stated; one GPU of eight by its times", batch=32,
     ))  # fmt: skip
     return found
 

@@ -17,6 +17,7 @@ import pytest
 from kvsim import cli, load_scenario, simulate
 from kvsim.calibrate.device import report, supervise
 from kvsim.calibrate.device.conclude import conclude
+from kvsim.calibrate.device.device_file import TORCH_NAMES
 from kvsim.calibrate.device.grids import HF_LAUNCHES_PER_LAYER, Scope, all_points, skewed_lengths
 from kvsim.calibrate.device.op_json import op_from_json, op_to_json
 from kvsim.calibrate.device.planner import Planner
@@ -28,7 +29,7 @@ from kvsim.datasheet import DatasheetProfile
 from kvsim.efficiencies import load_efficiencies
 from kvsim.engines import huggingface
 from kvsim.errors import InputError
-from kvsim.hardware import load_gpu
+from kvsim.hardware import list_gpus, load_gpu
 from kvsim.ops import Copy, DecodeAttention, Gemm, HostWork, PolicyKernel
 from kvsim.profile_file import load_profile_file
 from kvsim.profiles import load_profile
@@ -378,3 +379,7 @@ def test_unlike_lengths_have_the_mean_and_the_skew_they_are_named_for():
         lengths = skewed_lengths(pattern, amount, 32, 512)
         assert sum(lengths) == pytest.approx(32 * 512, rel=0.01) and len(lengths) == 32 and min(lengths) >= 1
     assert max(skewed_lengths("one_long", 4.0, 32, 512)) == 4 * 512
+
+
+def test_every_gpu_of_the_catalogue_is_known_by_what_torch_calls_it() -> None:
+    assert sorted(TORCH_NAMES.values()) == list_gpus()
