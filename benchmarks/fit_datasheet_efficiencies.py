@@ -83,7 +83,9 @@ CHOSEN = {
     "gemm.fp32.packed_reads": (0.0, "assumed: weights are taken as they lie; CPUs are measured"),
     "decode_attention.sequence_us": (0.0, "assumed: one launch attends a whole batch; CPUs are measured"),
     "decode_attention.split_tokens": (400.0, "fitted: one value for all GPUs, free fits gave 40-425 on the same rows"),
-    "decode_attention.compute_frac": (0.5, "assumed over caches of fewer than 16 bits, which kernels widen first; binds where matrix rate is low for the bandwidth"),
+    "decode_attention.compute_frac": (
+        0.5, "assumed over caches of fewer than 16 bits, which kernels widen first; binds where matrix rate is low for the bandwidth",
+    ),
     "policy.memory_frac": (
         0.4, "assumed: gather and scatter at half of a streaming kernel, until measured; PyTorch's eager attention of grouped queries, "
         "copies and batched products, reaches 0.42 on an A100 (pytorch.org/blog/flash-decoding)",
