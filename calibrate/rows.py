@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple
 
+from kvsim.datasheet import sustained_rate
 from kvsim.dtypes import matrix_bytes
 from kvsim.hardware import Gpu
 from kvsim.ops import (
@@ -25,9 +26,6 @@ from kvsim.ops import (
 
 IMPOSSIBLE = 1.05
 """A row this much faster than the datasheet's peak or bandwidth allows is mislabelled: boards run at most a few percent above."""
-HIGHEST_CLOCK = 1.2
-"""Times the datasheet's boost: an RTX 5090 that nothing limits runs products at 1.13 to 1.15 of its peak, an RTX 3090 at 1.08
-(github.com/zzc0721/torch-performance-test-data)."""
 SUSPECT_FRAC = 0.05
 """A table with more impossible rows than this share is left out as a whole: what is wrong with them is wrong with the others."""
 
@@ -77,7 +75,8 @@ class Import:
 
 
 def least_seconds(op: Op, gpu: Gpu) -> float:
-    """What no GPU of this datasheet can be faster than: matrix peak, and bandwidth where caches cannot hold the data."""
+    """What no GPU of this datasheet can be faster than: matrix peak, or a higher rate that its file says it sustains, and bandwidth where
+    caches cannot hold the data."""
     bandwidth = gpu.hbm_bandwidth_bytes_per_s
     if isinstance(op, Gemm):
         compute_s = 2.0 * op.m * op.n * op.k / _highest(gpu, "bf16" if op.weight_dtype == "int4" else op.weight_dtype)
@@ -101,7 +100,7 @@ def least_seconds(op: Op, gpu: Gpu) -> float:
 
 
 def _highest(gpu: Gpu, dtype: str) -> float:
-    return HIGHEST_CLOCK * gpu.peak_flops(dtype)
+    return max(gpu.peak_flops(dtype), sustained_rate(gpu, dtype) or 0.0)
 
 
 def _attention_dtype(kv_dtype: str) -> str:

@@ -67,15 +67,7 @@ class MeasuredProfile:
         cycles = measured_on.boost_clock_hz / gpu.boost_clock_hz
         known = {name: value * cycles if _is_latency(name) else value for name, value in known.items()}
         if gpu.name != measured_on.name:
-            clock = _sustained_clock(gpu, measured_on)
-            for dtype in {_operands(name) for name in known if name.endswith("compute_frac")}:
-                rate = sustained_rate(gpu, dtype)
-                factor = clock if rate is None else rate / gpu.peak_flops(dtype) / _best_share(content, measured_on, dtype)
-                known |= {
-                    name: min(value * factor, MOST_OF_PEAK) if rate is None else value * factor
-                    for name, value in known.items()
-                    if name.endswith("compute_frac") and _operands(name) == dtype
-                }
+            known |= _carried_shares(known, content, gpu, measured_on)
         self.physics = DatasheetProfile(gpu.by_datasheet(), efficiencies.replaced(known))
         self._shift = log2(measured_on.num_sms / gpu.num_sms)
         # A benchmark's cache may stay in a large L2; in a step the weights of every layer pass through between two visits.
@@ -287,6 +279,20 @@ def widened(quantiles: LogBias, sigma: float) -> LogBias:
 def _is_latency(name: str) -> bool:
     """Whether a physical constant is time spent inside a kernel, whatever it moves or computes."""
     return name.endswith("_s") and not name.startswith(("host.", "collective.", "copy."))
+
+
+def _carried_shares(known: Mapping[str, float], content: ProfileFile, gpu: Gpu, measured_on: Gpu) -> dict[str, float]:
+    """Shares of matrix peaks for another GPU than they were fitted on: by what it is known to sustain, or else by power."""
+    clock, found = _sustained_clock(gpu, measured_on), {}
+    shares = {name: _operands(name) for name in known if name.endswith("compute_frac")}
+    sustained = {
+        dtype: rate / gpu.peak_flops(dtype) / _best_share(content, measured_on, dtype)
+        for dtype in set(shares.values())
+        if (rate := sustained_rate(gpu, dtype)) is not None
+    }
+    for name, dtype in shares.items():
+        found[name] = known[name] * sustained[dtype] if dtype in sustained else min(known[name] * clock, MOST_OF_PEAK)
+    return found
 
 
 def _operands(name: str) -> str:

