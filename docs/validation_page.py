@@ -56,13 +56,14 @@ TAIL = """
   sequences, which nothing published explains, are what the memory holds at 144 slots a sequence. The fork's own work is priced as its
   code reads (`implementation: paper`): one GPU thread that walks what a prompt evicts, a wait for the device three times a sequence and
   step, block tables copied whole. That moved the errors from 39 % and 72 % to 24 % and 34 %. What is left is there in plain vLLM 0.6
-  already, and nearly the same on both machines: steps are 14-15 ms longer than simulated on the L4 at batches of 1 and 4, 17-23 ms where
-  sequences are preempted, and 12-16 ms on the H100 NVL at batches from 3 to 51; prompts are about right. A model of 32 layers and one of
-  80, at bandwidths 13 times apart: neither bandwidth nor launches give the same. Alone, an L4 under later vLLM lacks 1 ms a token.
-  vLLM 0.6's Python was measured: 0.9 ms and 60 us a sequence on a Xeon core; eager launches, 16 ms for 80 layers, a sixth more with
-  fp8 weights (`benchmarks/vllm_v0_host.py --fp8`), hide behind the device. The fork's plain path waits for nothing more, as its code reads.
-  So 14 ms a step depend on nothing that is known, and are not priced. Not modelled either: loops over all running sequences at every
-  compression, some 0.25 ms each; paged attention that reads the cache for every query head.
+  already (`benchmarks/kv_compress_steps.py` prints it). On the L4, two runs of one sequence at a time take 12 ms a step and 80 us a prompt
+  token more than simulated: steps of 65 ms would be as long with a fifth less bandwidth than the 257 of 300 GB/s it is credited with; under
+  later vLLM such a card lacks 1 ms a token at most. On the H100 NVL it is 12-16 ms a step or 191-233 us a prompt token, and its runs
+  do not say which: the second is the more even, and would make prompts half as quick as simulated. vLLM 0.6's Python was measured: 0.9 ms
+  and 60 us a sequence on a Xeon core; eager launches, 16 ms for 80 layers, a sixth more with fp8 weights
+  (`benchmarks/vllm_v0_host.py --fp8`), hide behind the device unless the host is twice as slow. Nothing but these rows tells these causes
+  apart, so none is priced. Not modelled either: loops over all running sequences at every compression, some 0.25 ms each; paged attention
+  that reads the cache for every query head.
 - **TTFT on H100** (25 %; it was 40 %) is a queue of the client's own making. Clients stay in trains: an answer's end brings the next
   prompt just after the following step has been decided on. Three things made most of the difference: an engine that decides a step ahead
   makes that prompt wait for one step more; a pause of 5 ms, front end or client, fitted on the calibrate groups, makes it miss a step at
@@ -87,8 +88,8 @@ TAIL = """
   matrix products 31, H2O's own kernels 5, element-wise ones 4. The log is 8.6 ms a step slower, 0.27 ms a layer. What kvsim lacks:
   how badly an argmin over the long side of 818 x 2,048 scores and the scatters and clones of `cache_replace` run; they are counted by
   bytes, at an assumed efficiency. At batch 24 the same kernels cost too little to tell. Nor does kvsim price that FlexGen waits for the
-  device after every half layer, so that its host's work hides behind nothing: 50-60 us each would bring this row within the bar, and
-  three of the others that are within it out, so it stays out.
+  device after every half layer (2 x layers x steps times), so that its host's work hides behind nothing: 50-60 us each would bring this row
+  within the bar and three of the others out of it, so it stays out.
 - **Attention of FlexGen and Hugging Face on A100s**, batched products of cuBLAS, has no table. It is priced by SGLang's of that card,
   which reads 0.8-1.3 TB/s of caches beyond 1 GiB and was measured under a backend of Hopper's (no server is priced by it any more). By
   vLLM's table, 1.4-1.7 TB/s, the H2O logs would be up to 35 % too quick. PyTorch's blog on Flash-Decoding times eager attention of 16
@@ -114,7 +115,7 @@ TAIL = """
 - **fp8 caches on an A100** make prompts 2-5 % slower; kvsim prices them alike (its tables know no 8-bit caches in prompts of that card,
   which has no 8-bit products and widens what it reads). Decode steps in eager mode wait for the host in kvsim at every length and gain
   nothing; measured gains go from 0 to 5.5 %.
-- **Qwen3-32B on four RTX 4090s**: TTFT of 10,240 tokens 23 % too high. All-reduces are 2.7 of 4.1 s; their bandwidth is the mean of what
+- **Qwen3-32B on four RTX 4090s**: TTFT of 10,240 tokens 23 % too high. All-reduces are 2.8 of 4.1 s; their bandwidth is the mean of what
   two machines with other cards reach over PCIe, and the source's cards did the whole prompt in 3.3. The fp8 pool is 22 % too large: the
   source's engine left 20 % less memory for the cache with fp8 than with 16 bits, which nothing in kvsim depends on.
 - **SnapKV and PyramidKV in Sparse-vLLM** gain 1.68x and 1.55x at 4 x 128,000 tokens, 2.5x in kvsim. SGLang stands in for an engine of
